@@ -24,13 +24,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from rlhfjax import json_text, recipe, stages, train
-from rlhfjax.data.batches import (
-    PolicyBatch,
-    PreferenceBatch,
-    PromptBatch,
-    TokenBatch,
-)
+from benchmarks import batches
+from rlhfjax import json_text, precision, recipe, stages, train
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.interop import store
@@ -47,6 +42,12 @@ WORKLOAD = flags.DEFINE_enum(
     "workload", None, list(SPEC["workloads"]), "what to time", required=True
 )
 SHAPE = flags.DEFINE_enum("shape", "tiny", ["tiny", "small"], "model preset")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["auto", "float32", "bfloat16", "bfloat16_products"],
+    "dtype of the model; auto: the one that a stage would choose here",
+)
 MICROBATCHES = flags.DEFINE_integer("microbatches", 0, "0: the workload's own number")
 STEPS = flags.DEFINE_integer("steps", 0, "measured steps; 0: the workload's own number")
 
@@ -90,73 +91,6 @@ class Data:
 
     def set_state(self, state: Any) -> None:
         pass
-
-
-def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:
-    """Returns random ids other than pad, bos, eos and unk."""
-    return rng.integers(4, vocab, shape, dtype=np.int32)
-
-
-def packed(w: dict[str, Any], vocab: int) -> Any:
-    """Returns pretraining batches; the first `prompt` targets do not count in the loss."""
-
-    def make(rng: np.random.Generator) -> Any:
-        rows = words(rng, vocab, w["batch"], w["seq"] + 1)
-        positions = np.tile(np.arange(w["seq"], dtype=np.int32), (w["batch"], 1))
-        mask = (positions >= w.get("prompt", 0)).astype(np.float32)
-        segment_ids = np.ones_like(positions)
-        return TokenBatch(
-            tokens=rows[:, :-1],
-            targets=rows[:, 1:],
-            mask=mask,
-            segment_ids=segment_ids,
-            positions=positions,
-        )
-
-    return make
-
-
-def examples(w: dict[str, Any], vocab: int) -> Any:
-    """Batches of fine-tuning: `packed`, and that no example lost tokens."""
-    make = packed(w, vocab)
-    cut = np.zeros(w["batch"], np.float32)
-    return lambda rng: dataclasses.replace(make(rng), cut=cut)
-
-
-def pairs(w: dict[str, Any], vocab: int) -> Any:
-    def make(rng: np.random.Generator) -> Any:
-        shape = (w["pairs"], 2, w["seq"])
-        scores = np.tile(np.array([1.0, 0.0], np.float32), (w["pairs"], 1))
-        return PreferenceBatch(
-            tokens=words(rng, vocab, *shape),
-            attention_mask=np.ones(shape, np.int32),
-            scores=scores,
-            valid=np.ones_like(scores),
-            lengths=np.full(scores.shape, w["seq"], np.int32),
-            cut=np.zeros_like(scores),
-            same=np.tile(np.arange(2, dtype=np.int32), (w["pairs"], 1)),
-            index=np.zeros(w["pairs"], np.int32),
-        )
-
-    return make
-
-
-def prompts(w: dict[str, Any], vocab: int) -> Any:
-    def make(rng: np.random.Generator) -> Any:
-        tokens = np.repeat(
-            words(rng, vocab, w.get("prompts", w["batch"]), w["prompt"]),
-            w.get("group", 1),
-            axis=0,
-        )
-        prompts = PromptBatch(
-            tokens=tokens,
-            attention_mask=np.ones_like(tokens),
-            index=np.zeros(w["batch"], np.int32),
-            cut=np.zeros(w["batch"], np.float32),
-        )
-        return PolicyBatch(prompts=prompts)
-
-    return make
 
 
 def even_share(tokens: Any, segments: Any, mask: Any) -> np.ndarray:
@@ -250,14 +184,7 @@ def stage_values(
 def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> None:
     """Trains a stage for warmup + steps steps, and one more, whose start ends the last one."""
     name = {"rm": "reward", "grpo": "group"}.get(workload, workload)
-    makers = {
-        "pretrain": packed,
-        "sft": examples,
-        "rm": pairs,
-        "ppo": prompts,
-        "grpo": prompts,
-    }
-    make = makers[workload](w, shape.vocab_size)
+    make = batches.MAKERS[workload](w, shape.vocab_size)
     layout = make_layout()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -289,7 +216,7 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
     """Measures the sampler as rollouts, `collect` and `evaluate` call it."""
     model = Model(shape)
     params = jax.jit(model.init)(jax.random.key(0))
-    data = Data(prompts(w, shape.vocab_size), meter)
+    data = Data(batches.prompts(w, shape.vocab_size), meter)
     sampling = Sampling(max_new_tokens=w["new"], eos_id=2, pad_id=0)
     for step in range(w["warmup"] + w["steps"] + 1):
         batch = next(data).prompts
@@ -344,6 +271,7 @@ def report(
         "peer": "rlhfjax",
         "workload": workload,
         "shape": SHAPE.value,
+        "dtype": shape.dtype,
         w["metric"]: round(units / median, 1),
         "n_steps": len(measured),
         "median": round(median, 4),
@@ -371,7 +299,8 @@ def main(argv: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     w = dict(SPEC["workloads"][WORKLOAD.value])
     w["steps"] = STEPS.value or w["steps"]
-    shape, meter = preset(SHAPE.value), Meter()
+    dtype = precision.here() if DTYPE.value == precision.AUTO else DTYPE.value
+    shape, meter = preset(SHAPE.value, dtype=dtype), Meter()
     if WORKLOAD.value == "generate":
         run_generate(shape, w, meter)
     else:

@@ -42,8 +42,8 @@ from rlhfjax.algos.masked import whiten
 from rlhfjax.algos.policy import ppo_loss
 from rlhfjax.algos.shaping import token_rewards
 from rlhfjax.algos.value import clipped_value_loss
-from rlhfjax.data.examples import Prompts
 from rlhfjax.data.loader import prompt_batches
+from rlhfjax.data.prompts import Prompts
 from rlhfjax.data.sources import open_source
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout

@@ -24,6 +24,7 @@ from launch.redact import is_secret, printable, redact
 
 PREEMPTED = 75  # rlhfjax.errors.Preempted.exit_code: the state is saved, the same command goes on
 LOST = 255  # what ssh exits with when the connection, not the command, failed
+LONGEST_TIME = 3650 * 86400.0  # seconds
 LONGEST = 40  # characters of a name: clouds take 63, with what they append
 SLUG = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
@@ -317,12 +318,16 @@ def seconds(flag: str, text: str) -> float:
       flags.IllegalFlagValueError: it is not of that form; the message names the flag.
     """
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)([dhms])", text)
-    if text != "0" and (not parts or "".join(map("".join, parts)) != text):
+    number = r"(\d+(?:\.\d*)?|\.\d+)([dhms])"
+    # Matched from the start: a search takes quadratic time for many digits without a unit.
+    parts = re.findall(number, text) if re.fullmatch(f"(?:{number})+", text) else []
+    total = sum(float(amount) * units[unit] for amount, unit in parts)
+    if (not parts and text != "0") or total > LONGEST_TIME:
+        shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
         raise flags.IllegalFlagValueError(
-            f"--{flag}={text}: expected a time such as 90s, 15m or 1h30m"
+            f"--{flag}={shown}: expected a time such as 90s, 15m or 1h30m, at most 3650d"
         )
-    return sum(float(number) * units[unit] for number, unit in parts)
+    return total
 
 
 def common_flags(fv: flags.FlagValues) -> None:

@@ -13,7 +13,7 @@ _HAS_UV = "command -v uv > /dev/null"
 _UV = (
     "mkdir -p ~/.local/bin; export PATH=$HOME/.local/bin:$PATH",
     f"{_HAS_UV} || curl -LsSf https://astral.sh/uv/install.sh | sh > /dev/null 2>&1 || true",
-    # Without the installer: an environment of its own, since Ubuntu 24.04 refuses --user.
+    # Without the installer: a separate environment, since Ubuntu 24.04 refuses --user.
     f"{_HAS_UV} || {{ python3 -m venv ~/.local/uv && ~/.local/uv/bin/pip install -q uv; }}",
     f"{_HAS_UV} || ln -sf ~/.local/uv/bin/uv ~/.local/bin/uv",
     "uv venv -q --allow-existing --python 3.11 ~/venv",

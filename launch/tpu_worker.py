@@ -579,7 +579,8 @@ def sound(status):
     """The status; {} where a field of it is missing or has another type."""
     if not isinstance(status, dict):
         return {}
-    needed = {"generation"} if "phase" in status else set()
+    both = {"generation", "phase"}
+    needed = both if both & set(status) else set()
     if status.get("phase") == "ended" or "ended" in status:
         needed |= set(ENDED)
     kinds = dict(STATUS, **ENDED, **OTHERS)

@@ -7,9 +7,9 @@ from typing import Any
 from rlhfjax.errors import UserError
 from rlhfjax.footprint import Net
 from rlhfjax.mesh import Layout
-from rlhfjax.metrics import about
 from rlhfjax.origins import Origins, roles_of
 from rlhfjax.paths import Path
+from rlhfjax.progress import about
 from rlhfjax.stages import find
 
 log = logging.getLogger("rlhfjax")
@@ -40,13 +40,20 @@ def models(config: Any, origins: Origins | None = None) -> list[Net]:
         return []
 
 
-def stage(config: Any, title: str, nets: Sequence[Net], layout: Layout) -> None:
-    """Logs what a stage is about to do: its steps, models and devices.
+def stage(
+    config: Any,
+    title: str,
+    nets: Sequence[Net],
+    layout: Layout,
+    memory: float | None = None,
+) -> None:
+    """Logs what a stage is about to do: its steps, models, devices and their memory.
 
     Args:
       config: the stage's typed config.
       title: the stage's name and its number in the recipe, such as `[2/7] pretrain`.
       nets: its models.
+      memory: bytes per device at the stage's peak, by hand; None: not known.
     """
     parts = []
     if steps := getattr(config, "steps", 0):
@@ -57,6 +64,8 @@ def stage(config: Any, title: str, nets: Sequence[Net], layout: Layout) -> None:
             for net in nets
         ]
         parts.append(_devices(layout))
+        if memory is not None:
+            parts.append(f"about {memory / 2**30:.2g} GiB per device by hand")
     log.info("%s: %s", title, "; ".join(parts) or "needs no device")
 
 

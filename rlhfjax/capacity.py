@@ -4,28 +4,19 @@
 a size that was mistyped is an error before anything is allocated, and no run that fits is one.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
-from rlhfjax import stages
-from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.footprint import Net, number_bytes, trained_nets
-from rlhfjax.mesh import device_memory
-from rlhfjax.models.config import TransformerConfig
-from rlhfjax.models.size import Number, kv_cache_bytes
+from rlhfjax import footprint, stages
+from rlhfjax.device_bytes import validate_bytes
+from rlhfjax.errors import CheckpointError
+from rlhfjax.footprint import Net, trained_nets
+from rlhfjax.models.size import Number, kv_cache_bytes, number_bytes
 from rlhfjax.origins import Origins, roles_of
 from rlhfjax.paths import Path
 from rlhfjax.roles import Workload
 from rlhfjax.sampling.config import SamplingConfig
-
-# Where Linux has the limit of a container's memory, in bytes, or "max".
-_CONTAINER = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
+from rlhfjax.strategy import Axes
 
 
 def validate(
@@ -97,7 +88,9 @@ def least(nets: Sequence[Net], workload: Workload) -> dict[str, Number]:
     if model.attention == "einsum" and (trained or not workload.decoded):
         scores = workload.rows * model.n_heads * workload.length**2
         update["attention scores"] = 4.0 * scores
-    rollout = {"the KV cache": cache_bytes(model, workload.decoded, workload.sampled)}
+    rows, tokens = workload.decoded, workload.sampled
+    cache = kv_cache_bytes(model, rows, tokens, number_bytes(model))
+    rollout = {"the KV cache": cache}
     most = max(update, rollout, key=lambda parts: sum(parts.values()))
     return {
         "parameters": 4.0 * trained + sum(frozen.values()),
@@ -106,57 +99,13 @@ def least(nets: Sequence[Net], workload: Workload) -> dict[str, Number]:
     }
 
 
-def cache_bytes(config: TransformerConfig, rows: int, tokens: int) -> Number:
-    """Returns the bytes of the keys and values of `tokens` tokens in each of `rows` rows."""
-    return kv_cache_bytes(config, rows, tokens, number_bytes(config))
-
-
-def validate_bytes(context: str, needed: Mapping[str, Number], sizes: str) -> None:
-    """Validates that all devices together have the bytes that all parts need.
-
-    Args:
-      context: what needs them, for an error.
-      sizes: the options that make it less, for an error.
-
-    Raises:
-      ConfigError: they have less; the message has both numbers.
-    """
-    total, there = sum(needed.values()), devices_memory()
-    if there is None or total <= there:
-        return
-    parts = ", ".join(f"{part} {shown(size)}" for part, size in needed.items() if size)
-    devices = jax.device_count()
-    raise ConfigError(
-        f"{context}: needs at least {shown(total)} of memory ({parts});"
-        f" {devices} device{'s' if devices > 1 else ''} here with {shown(there)}:"
-        f" make {sizes} smaller"
-    )
-
-
-def devices_memory() -> float | None:
-    """Returns the bytes of all devices; None if an accelerator does not know its own."""
-    local = jax.local_devices()
-    try:
-        memory = device_memory(local)
-    except ConfigError:
+def device_bytes(config: Any, nets: Sequence[Net], axes: Axes) -> float | None:
+    """Returns the bytes per device at the stage's peak by hand; None if nothing is known."""
+    nets = [net for net in nets if net.role.mesh == "train"]
+    if not nets:
         return None
-    if local[0].platform == "cpu":
-        memory = min(memory, _container_memory() / len(local))
-    return memory * jax.device_count()
-
-
-def _container_memory() -> float:
-    """Returns the bytes that the container of this process may use; infinity without a limit."""
-    limits = [float("inf")]
-    for name in _CONTAINER:
-        with contextlib.suppress(OSError, ValueError), open(name) as file:
-            limits.append(float(file.read()))
-    return min(limits)
-
-
-def shown(size: Number) -> str:
-    """Returns a number of bytes with three digits and a unit."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"
+    workload = workload_of(config)
+    parts = footprint.device_bytes(nets, workload, axes)
+    if not trained_nets(nets):
+        parts["KV cache"] = footprint.cache_bytes(nets[0].config, workload, axes)
+    return sum(parts.values())

@@ -6,24 +6,29 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax import capacity
 from rlhfjax.chat_settings import validate_length, validate_template
 from rlhfjax.data.chat import Message, render_prompt
 from rlhfjax.data.padding import pad_left
 from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.device_bytes import validate_bytes
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
+from rlhfjax.models.size import kv_cache_bytes, number_bytes
 from rlhfjax.sampling import Sampling, stream
+from rlhfjax.sampling.config import end_ids
+from rlhfjax.sampling.stop import until_stop
 
+# A prompt of a new length, and a cache of a new one, is a new program to compile.
 BUCKET = (
-    32  # the shortest length that prompts are padded to; the others are its doubles
+    64  # the shortest length that prompts are padded to; the others are its doubles
 )
+ENTRIES = 512  # of the smallest cache; the others have 4 times, 16 times, … as many
 
 
 @dataclasses.dataclass
@@ -35,7 +40,7 @@ class Response:
     seconds: float = 0.0
     """From the second token to the last: programs are compiled for the first two."""
     end: str = "stopped"
-    """`eos`, `max_new_tokens`, or `stopped` from outside."""
+    """`eos`, `stop` (a stop text), `max_new_tokens`, or `stopped` from outside."""
 
 
 class Prompt(NamedTuple):
@@ -51,7 +56,6 @@ class Chat:
 
     Args:
       system: system message that stands before the conversation; "" for none.
-      stop_ids: tokens besides `eos_id` that end a response.
       note: is called with what a user should know while a response is made.
     Raises:
       ConfigError: the model does not write text, or its context is too short for a response.
@@ -65,7 +69,6 @@ class Chat:
         *,
         seed: int,
         system: str = "",
-        stop_ids: Iterable[int] = (),
         note: Callable[[str], None] = lambda text: None,
     ):
         if saved.model.head != "lm":
@@ -75,11 +78,11 @@ class Chat:
         self.model, self.params = saved.model, saved.params
         self.tokenizer, self.sampling = saved.tokenizer, sampling
         validate_length(self.context, sampling, "--")
-        cache = capacity.cache_bytes(saved.model.config, 1, sampling.max_new_tokens)
-        needed = {"the KV cache": cache}
-        capacity.validate_bytes("chat", needed, "--max_new_tokens")
+        config = saved.model.config
+        size = number_bytes(config)
+        cache = kv_cache_bytes(config, 1, sampling.max_new_tokens, size)
+        validate_bytes("chat", {"the KV cache": cache}, "--max_new_tokens")
         self._key, self._turns = jax.random.key(seed), 0
-        self._stop_ids = frozenset(stop_ids)
         self._note = note
         self._compiled: set[tuple[int, int]] = set()
         self.messages: list[Message] = []
@@ -107,7 +110,7 @@ class Chat:
         validate_template(self.tokenizer, text)
         self.system = text
 
-    def set_sampling(self, **changes: int | float) -> None:
+    def set_sampling(self, **changes: Any) -> None:
         """Changes settings of the sampler.
 
         Raises:
@@ -137,12 +140,15 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         self.last = Response()
         pieces: list[str] = []
+        decoded = decode_stream(self.tokenizer, self._sampled())
         try:
-            for piece in decode_stream(self.tokenizer, self._sampled()):
+            for piece in until_stop(decoded, self.sampling.stop):
                 pieces.append(piece)
                 yield piece
+            if self.last.end == "stopped":  # nothing more was asked for
+                self.last.end = "stop"
         finally:
-            if pieces or self.last.end == "eos":
+            if pieces or self.last.end in ("eos", "stop"):
                 content = "".join(pieces)
                 self.messages.append({"role": "assistant", "content": content})
             else:
@@ -162,13 +168,14 @@ class Chat:
             jnp.asarray(attention_mask),
             key,
             self.sampling,
+            entries=self._entries(tokens.shape[1]),
         ):
             self.last.tokens += 1
             if self.last.tokens == 2:
                 start = time.monotonic()
             elif self.last.tokens > 2:
                 self.last.seconds = time.monotonic() - start
-            if token == self.sampling.eos_id or token in self._stop_ids:
+            if token in end_ids(self.sampling):
                 self.last.end = "eos"
                 return
             yield token
@@ -223,6 +230,13 @@ class Chat:
             length *= 2
         length = min(room, length)
         return pad_left([ids], length=length, pad_id=self.tokenizer.pad_id)
+
+    def _entries(self, length: int) -> int:
+        """Returns how many entries the cache has for prompts padded to a length."""
+        entries = ENTRIES
+        while entries < length + self.sampling.max_new_tokens - 1:
+            entries *= 4
+        return min(self.context, entries)
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """The settings with which a chat samples: flags, else those of the model's files, else defaults."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from rlhfjax.data.chat import render_prompt
 from rlhfjax.data.tokenizer import Tokenizer
@@ -24,6 +26,8 @@ class Options:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: Sequence[str] = ()
     max_new_tokens: int | None = None
     system: str = ""
     seed: int = 0
@@ -35,7 +39,6 @@ class Chosen:
     """Settings of the sampler, and what a user should know about them."""
 
     sampling: Sampling
-    stop_ids: frozenset[int]
     notes: list[str]
 
 
@@ -51,15 +54,15 @@ def choose_settings(path: str | Path, opened: store.Opened, options: Options) ->
     sampling = Sampling(
         max_new_tokens=generation_config.longest_response(context),
         eos_id=opened.tokenizer.eos_id,
+        extra_eos_ids=opened.tokenizer.extra_eos_ids,
         pad_id=opened.tokenizer.pad_id,
         temperature=defaults["temperature"],
         top_p=defaults["top_p"],
     )
     notes = []
-    stop_ids: frozenset[int] = frozenset()
     if scheme == "hf":
         own = generation_config.read(folder)
-        stop_ids, ignored = own.stop_ids, dict(own.ignored)
+        ignored = dict(own.ignored)
         for name, value in own.settings.items():
             try:
                 sampling = _with(sampling, name, value, context)
@@ -74,8 +77,10 @@ def choose_settings(path: str | Path, opened: store.Opened, options: Options) ->
         value = getattr(options, name)
         if value is not None:
             sampling = _flag(sampling, name, value)
+    if options.stop:
+        sampling = _flag(sampling, "stop", tuple(options.stop))
     validate_length(context, sampling, "--")
-    return Chosen(sampling, stop_ids, notes)
+    return Chosen(sampling, notes)
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -84,14 +89,14 @@ def is_foreign(path: str | Path) -> bool:
     return bool(colon) and scheme in foreign.SCHEMES
 
 
-def _with(sampling: Sampling, name: str, value: int | float, context: int) -> Sampling:
+def _with(sampling: Sampling, name: str, value: Any, context: int) -> Sampling:
     """Returns the settings with one of a file; a length is at most half of the context."""
     if name == "max_new_tokens":
         value = min(int(value), max(1, context // 2))
     return dataclasses.replace(sampling, **{name: value})
 
 
-def _flag(sampling: Sampling, name: str, value: int | float) -> Sampling:
+def _flag(sampling: Sampling, name: str, value: Any) -> Sampling:
     try:
         return dataclasses.replace(sampling, **{name: value})
     except ConfigError as error:
@@ -100,12 +105,13 @@ def _flag(sampling: Sampling, name: str, value: int | float) -> Sampling:
 
 def shown_settings(sampling: Sampling) -> str:
     """Returns the settings that a user can change, without those that are off."""
-    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     shown = []
     for name in generation_config.SETTINGS:
         value = getattr(sampling, name)
         if value != off.get(name):
             shown.append(f"{name}={value}")
+    shown += [f"stop={text!r}" for text in sampling.stop]
     return " ".join(shown)
 
 

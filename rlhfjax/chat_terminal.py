@@ -27,7 +27,7 @@ from rlhfjax.data.chat import render
 from rlhfjax.errors import ConfigError, UserError
 from rlhfjax.interop import generation_config, store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models.size import parameters
+from rlhfjax.models.size import active_parameters, parameters
 from rlhfjax.paths import Path
 from rlhfjax.tokenize_text import print_pieces, visible
 
@@ -41,6 +41,7 @@ _PATIENCE = 0.5  # seconds until the user is told why a response does not stop a
 def run(
     path: str | Path,
     options: Options,
+    adapter: str = "",
     *,
     inputs: TextFile | None = None,
     out: TextFile | None = None,
@@ -50,6 +51,7 @@ def run(
 
     Args:
       path: a model's folder or workdir, or a foreign name (see `interop.foreign`).
+      adapter: a PEFT folder, which is merged into the model; empty: none.
       inputs, out, notes: standard input, output and error unless given.
     Raises:
       CheckpointError: there is no model.
@@ -58,11 +60,12 @@ def run(
     """
     screen = Screen(inputs or sys.stdin, out or sys.stdout, notes or sys.stderr)
     start = time.monotonic()
-    opened = store.open_model(path, make_layout())
+    opened = store.open_model(path, make_layout(), adapter=adapter)
     _validate_head(path, opened)
     validate_template(opened.tokenizer, options.system)
     chosen = choose_settings(path, opened, options)
     name = str(path) if is_foreign(path) else store.found(path)
+    name += f" with the adapter {adapter}" if adapter else ""
     log.info("%s: %s; reading it", name, _size(opened))
     saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
     saved = store.int8(saved) if options.int8 else saved
@@ -71,7 +74,6 @@ def run(
         chosen.sampling,
         seed=options.seed,
         system=options.system,
-        stop_ids=chosen.stop_ids,
         note=screen.note,
     )
     log.info("ready after %.1f s", time.monotonic() - start)
@@ -88,8 +90,11 @@ def run(
 def _size(opened: store.Opened) -> str:
     config = opened.model.config
     count = parameters(config)
+    active = ""
+    if config.n_experts:
+        active = f", {active_parameters(config) / 1e6:,.1f} M active"
     return (
-        f"{count / 1e6:,.1f} M parameters ({4 * count / 1e6:,.0f} MB in float32), "
+        f"{count / 1e6:,.1f} M parameters{active} ({4 * count / 1e6:,.0f} MB in float32), "
         f"context of {config.max_length:,} tokens"
     )
 
@@ -242,7 +247,7 @@ class Session:
             )
         elif last.end == "stopped":
             self.screen.note(f"stopped after {last.tokens} tokens")
-        elif last.tokens == 1:
+        elif not self.chat.messages[-1]["content"]:
             self.screen.note("an empty response")
 
     # -------------------------------------------------------------- commands
@@ -267,6 +272,13 @@ class Session:
                 number = "an integer" if kind is int else "a number"
                 raise ConfigError(f"{name}={argument}: expected {number}") from None
             self.chat.set_sampling(**{name: value})
+        self.screen.note(shown_settings(self.chat.sampling))
+
+    def stop(self, text: str) -> None:
+        """Sets the text that ends a response; in it `\\n` stands for a line break."""
+        if text:
+            ends = () if text == "-" else (text.replace("\\n", "\n"),)
+            self.chat.set_sampling(stop=ends)
         self.screen.note(shown_settings(self.chat.sampling))
 
     def system(self, text: str) -> None:
@@ -315,7 +327,9 @@ class Session:
 
 HELP = '''\
 /system TEXT: sets the system message; /system - removes it
-/temperature X, /top_p X, /top_k N, /min_p X, /max_new_tokens N: settings of the sampler
+/temperature X, /top_p X, /top_k N, /min_p X, /repetition_penalty X, /max_new_tokens N: settings
+of the sampler
+/stop TEXT: ends responses before this text, \\n is a line break; /stop - removes it
 /retry: another response to the last message
 /undo: forgets the last message and its response
 /tokens: the conversation as the model sees it, and the tokens per second
@@ -324,6 +338,7 @@ HELP = '''\
 Ctrl-C: stops the response; at the prompt, ends the program
 """ before and after a message of several lines'''
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
+    "stop": Session.stop,
     "system": Session.system,
     "retry": Session.retry,
     "undo": Session.undo,

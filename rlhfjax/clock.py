@@ -129,6 +129,11 @@ class Clock:
         self._switch(self._part)
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
+    def worked(self) -> float:
+        """Returns the seconds of all starts so far, without the time between them."""
+        self._switch(self._part)
+        return sum(self.seconds.values()) - self.seconds["restart"]
+
     def summary(self) -> dict[str, float]:
         """Returns the metrics goodput and seconds_PART."""
         goodput = {"goodput": self.goodput()}

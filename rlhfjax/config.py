@@ -79,6 +79,12 @@ class TrainConfig:
     """Workdir or name of the model whose parameters training starts from."""
     eval_every: Count = 0
     """Steps between evaluations on held-out data; 0: only at the end."""
+    keep_best: str = ""
+    """Held-out metric by whose best evaluation the stage's model is chosen, min:METRIC or
+    max:METRIC such as min:val_loss; empty: the model is that of the last step."""
+    patience: Count = 0
+    """Evaluations in a row that are no better than the best one, after which the stage ends; 0: it
+    never ends early. Needs keep_best."""
     on_nonfinite: Literal["error", "skip"] = "error"
     """At a loss or gradient that is NaN or infinite: end the run, or skip the update."""
     mesh: MeshConfig = MeshConfig()
@@ -233,7 +239,7 @@ def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str)
     """Returns the message of an unknown option, if there is one, else of the first mistake."""
     unknown = [one for one in mistakes if one["type"] == "unexpected_keyword_argument"]
     first = (unknown or mistakes)[0]
-    location = first["loc"]
+    location = options.without_arms(cls, first["loc"])
     *parents, place = itertools.accumulate(location, _place, initial=where)
     if unknown:
         owner = options.dataclass_of(options.hint_at(cls, location[:-1])) or cls

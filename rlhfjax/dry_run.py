@@ -13,19 +13,23 @@ from rlhfjax import (
     announce,
     capacity,
     checkpoint,
+    claims,
+    device_bytes,
     footprint,
     json_text,
     pace,
+    precision,
     recipe,
     references,
     rerun,
 )
 from rlhfjax.config import to_dict
-from rlhfjax.data import tfds_records
-from rlhfjax.data.config import SourceConfig, open_preferences
-from rlhfjax.metrics import duration
+from rlhfjax.data import formats, indexed
+from rlhfjax.data.config import SourceConfig, open_preferences, split_of_preferences
+from rlhfjax.models.size import active_parameters
 from rlhfjax.origins import Origins
 from rlhfjax.paths import Path
+from rlhfjax.progress import duration
 from rlhfjax.redact import printable
 from rlhfjax.stage_cache import Cache
 from rlhfjax.workdirs import DONE
@@ -60,13 +64,13 @@ def show(
 
     Raises: what the run would raise before its first step.
     """
-    values = to_dict(config)
+    values = precision.resolved(to_dict(config), workdir)
     folders, resolved = _resolved(values, workdir)
     typed = recipe.check_all(resolved, folders)
     references.validate(typed, folders, DONE)
     capacity.validate(typed, folders, DONE)
     if choice is None:
-        recipe.compare(workdir, values)
+        claims.compare(workdir, values)
     actions = _actions(values, resolved, folders, workdir, choice, cache)
     found = list(_stages(typed, folders, actions))
     rich.print(_stage_table(found))
@@ -88,7 +92,8 @@ def total_seconds(
       shared: whether a stage that is the same in several runs is computed once.
     """
     known: dict[str, float] = {}
-    for values, workdir in runs:
+    for config, workdir in runs:
+        values = precision.resolved(config, workdir)
         folders, resolved = _resolved(values, workdir)
         typed = {name: recipe.check(resolved[name], name) for name in folders}
         for name, seconds in pace.estimate(typed, folders).items():
@@ -134,6 +139,7 @@ def _actions(
     moved: list[str] = []
     if choice is not None:
         moved, _ = rerun.to_move(values, folders, workdir, choice)
+    goes_on = claims.raised(workdir, values)
     store = Cache(cache) if cache is not None else None
     actions: dict[str, str] = {}
     ended = False
@@ -143,7 +149,7 @@ def _actions(
             actions[name] = "does not run"
         elif name in moved:
             actions[name] = "runs again"
-        elif (folder / DONE).exists():
+        elif (folder / DONE).exists() and folder not in goes_on:
             actions[name] = "done"
         elif store and key and store.has(key):
             actions[name] = "is taken from the cache"
@@ -173,7 +179,7 @@ def _stages(
             action=actions[name] + _steps(config, actions[name]),
             runs=runs,
             models="\n".join(_model(net) for net in nets),
-            memory=_memory(config, nets, origins) if nets else None,
+            memory=_memory(config, nets, origins),
             seconds=seconds.get(name) if runs else None,
         )
 
@@ -186,17 +192,21 @@ def _steps(config: Any, action: str) -> str:
 
 
 def _model(net: footprint.Net) -> str:
-    return f"{net.name} {announce.number(net.numbers)}"
+    text = f"{net.name} {announce.number(net.numbers)}"
+    if not net.config.n_experts:
+        return text
+    active = active_parameters(net.config, net.role.head)
+    return f"{text}, {announce.number(active)} active"
 
 
-def _memory(config: Any, nets: Sequence[footprint.Net], origins: Origins) -> float:
-    """Returns the bytes per device at the stage's peak, by `footprint`."""
-    workload = capacity.workload_of(config)
+def _memory(
+    config: Any, nets: Sequence[footprint.Net], origins: Origins
+) -> float | None:
+    """Returns the bytes per device at the stage's peak; None if its models are not known."""
+    if not nets:
+        return None
     axes = recipe.layout_of(config, origins).mesh.shape
-    parts = footprint.device_bytes(nets, workload, axes)
-    if not footprint.trained_nets(nets):
-        parts["KV cache"] = footprint.cache_bytes(nets[0].config, workload, axes)
-    return sum(parts.values())
+    return capacity.device_bytes(config, nets, axes)
 
 
 # ------------------------------------------------------------------ data
@@ -219,7 +229,9 @@ def _data(typed: Mapping[str, Any], folders: Mapping[str, Path]) -> Iterator[Dat
             seen.add(key)
             maker = next((makers[f] for f in makers if f in spec), None)
             if key not in counted:
-                counted[key] = f"made by {maker}" if maker else _rows(value)
+                counted[key] = (
+                    f"made by {maker}" if maker else _rows(value, is_rankings)
+                )
             yield Data(name, _label(value), counted[key])
 
 
@@ -231,15 +243,31 @@ def _label(value: SourceConfig | str) -> str:
     )
 
 
-def _rows(value: SourceConfig | str) -> str:
+def _rows(value: SourceConfig | str, is_rankings: bool) -> str:
     if isinstance(value, str):
         return f"{len(open_preferences((value,), 'train')):,} rows"
-    scheme, _, name = value.spec.partition(":")
-    if scheme == "tfds":
-        folder = tfds_records.folder_to_prepare(value.spec, name, value.data_dir)
+    named = formats.parse(value.spec, value.format)
+    if named.scheme == formats.HF_DATASET:
+        return "loaded by the run"
+    if named.scheme == formats.TFDS:
+        from rlhfjax.data import tfds_records
+
+        folder = tfds_records.folder_to_prepare(value.spec, named.rest, value.data_dir)
         if folder is not None:
             return f"not there yet; the run prepares it in {folder}"
-    source = value.read()
+    else:
+        split = split_of_preferences(value, "train") if is_rankings else value.split
+        chosen = formats.choose(value.spec, named, split, value.documents)
+        folder = indexed.folder_to_write(
+            chosen.files, chosen.reader, chosen.options, value.data_dir
+        )
+        if folder is not None:
+            return f"not indexed yet; the run does so in {folder}"
+    if is_rankings:
+        kinds = ("preferences", "unpaired", "steps")
+        source = open_preferences((value,), "train", kinds=kinds)
+    else:
+        source = value.read()
     skipped = f", {source.skipped:,} malformed ones left out" if source.skipped else ""
     return f"{len(source):,} rows{skipped}"
 
@@ -252,7 +280,7 @@ def _stage_table(stages: Sequence[Stage]) -> Table:
     has_time = any(stage.seconds is not None for stage in stages)
     table = _table([*columns, "time"] if has_time else columns)
     for stage in stages:
-        memory = capacity.shown(stage.memory) if stage.memory and stage.runs else ""
+        memory = device_bytes.shown(stage.memory) if stage.memory and stage.runs else ""
         cells = [stage.name, stage.action, stage.models if stage.runs else "", memory]
         if has_time:
             cells.append("" if stage.seconds is None else duration(stage.seconds))
@@ -270,7 +298,7 @@ def _print_totals(stages: Sequence[Stage]) -> None:
     there = _device_memory()
     if most and there:
         print(
-            f"memory: {capacity.shown(most)} of {capacity.shown(there)} per device"
+            f"memory: {device_bytes.shown(most)} of {device_bytes.shown(there)} per device"
             f" ({most / there:.0%}), by estimate"
         )
     known = [stage.seconds for stage in running if stage.seconds is not None]
@@ -281,7 +309,7 @@ def _print_totals(stages: Sequence[Stage]) -> None:
 
 
 def _device_memory() -> float | None:
-    there = capacity.devices_memory()
+    there = device_bytes.devices_memory()
     return None if there is None else there / jax.device_count()
 
 

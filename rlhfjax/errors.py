@@ -38,10 +38,23 @@ def install(extra: str) -> str:
     return f"pip install -e '{place}[{extra}]'"
 
 
+LONGEST = 1000  # characters of a message of one line
+
+
 class UserError(Exception):
-    """A failed run (exit code 1). The message is shown without a traceback."""
+    """A failed run (exit code 1). The message is shown without a traceback.
+
+    Of a line that is too long, since it repeats what somebody typed, the middle is left out.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST or "\n" in text:
+            return text
+        end = LONGEST // 3
+        return f"{text[: LONGEST - end - 1]}…{text[-end:]}"
 
 
 class ConfigError(UserError):

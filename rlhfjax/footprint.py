@@ -1,10 +1,10 @@
 """The memory that a stage needs on a device: the one model, which placement and `plan` share.
 
-A device keeps 1 / (fsdp x tensor) of every model: parameters in float32 (a quantized base in fewer
-bytes) and, for what is trained, gradients, the optimizer's moments and an EMA. Its activations are
-those of its rows in one microbatch: with `remat=full` the inputs of all layers (2 t d bytes per row
-and layer) and everything of one layer. Sampling needs a KV cache instead of gradients and
-activations. FSDP gathers the weights of one layer at a time.
+A device keeps 1 / (fsdp x tensor) of every model, of experts 1 / expert of that: parameters in
+float32 (a quantized base in fewer bytes) and, for what is trained, gradients, the optimizer's
+moments and an EMA. Its activations are those of its rows in one microbatch: with `remat=full` the
+inputs of all layers (2 t d bytes per row and layer) and everything of one layer. Sampling needs a
+KV cache instead of gradients and activations. FSDP gathers the weights of one layer at a time.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from rlhfjax import optim
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.size import (
     activations,
+    expert_parameters,
     kv_cache_bytes,
     layer_activations,
+    number_bytes,
     parameters,
 )
 from rlhfjax.models.transformer import Model
@@ -54,7 +56,8 @@ class Net(NamedTuple):
             return self.config.d_model + 1
         if not self.role.lora.rank:
             return self.numbers
-        adapted = Model(self.config, self.role.head, self.role.lora).trained_shapes()
+        same = dataclasses.replace(self.config, remat="none", dtype="float32")
+        adapted = Model(same, self.role.head, self.role.lora).trained_shapes()
         return sum(math.prod(x.shape) for x in jax.tree.leaves(adapted))
 
     @property
@@ -80,6 +83,12 @@ class Net(NamedTuple):
         return optim.moments_per_parameter(self.role.optim) + self.role.averaged
 
 
+def expert_share(net: Net, axes: Axes) -> float:
+    """Returns the share of a model that a device has along `expert`, which splits only experts."""
+    experts = expert_parameters(net.config) / net.numbers
+    return 1.0 - experts * (1 - 1 / axes.get("expert", 1))
+
+
 def trained_nets(nets: Sequence[Net]) -> list[Net]:
     """Returns the models that have an optimizer and a trunk of their own."""
     return [
@@ -94,8 +103,9 @@ def device_bytes(
     shards = axes["fsdp"] * axes["tensor"]
     parameter_bytes = gradients = kept = 0.0
     for net in nets:
-        trained_bytes = 4.0 * net.trained
-        parameter_bytes += trained_bytes + net.frozen_bytes
+        share = expert_share(net, axes)
+        trained_bytes = 4.0 * net.trained * (1.0 if net.role.lora.rank else share)
+        parameter_bytes += trained_bytes + net.frozen_bytes * share
         gradients += trained_bytes
         kept += trained_bytes * net.kept
     parts = {"parameters": parameter_bytes / shards}
@@ -119,11 +129,6 @@ def layer_parameters(c: TransformerConfig) -> int:
     return parameters(dataclasses.replace(c, n_layers=c.n_layers + 1)) - parameters(c)
 
 
-def number_bytes(c: TransformerConfig) -> float:
-    """Returns the bytes of a number in the dtype that a model computes in."""
-    return 2.0 if c.dtype == "bfloat16" else 4.0
-
-
 def batch_shards(axes: Axes) -> int:
     """Returns over how many devices a batch is split."""
     return axes["replica"] * axes["data"] * axes["fsdp"]
@@ -140,7 +145,9 @@ def _training(c: TransformerConfig, workload: Workload, axes: Axes) -> dict[str,
     read = kept + one_layer / tensor if c.remat == "full" else kept / tensor
     gathered = 0.0
     if axes["fsdp"] > 1:
-        gathered = layer_parameters(c) * (2 * size + 4.0) / tensor
+        experts = expert_parameters(c) / c.n_layers
+        layer = layer_parameters(c) - experts * (1 - 1 / axes.get("expert", 1))
+        gathered = layer * (2 * size + 4.0) / tensor
     return {
         "activations": read / axes["sequence"],
         "gathered layers": gathered,
@@ -153,7 +160,7 @@ def cache_bytes(c: TransformerConfig, workload: Workload, axes: Axes) -> float:
     if not workload.decoded:
         return 0.0
     rows = math.ceil(workload.decoded / batch_shards(axes))
-    head_shards = axes["tensor"] if c.kv_heads % axes["tensor"] == 0 else 1
+    head_shards = math.gcd(c.kv_heads, axes["tensor"])
     return kv_cache_bytes(c, rows, workload.length, number_bytes(c)) / head_shards
 
 
@@ -172,4 +179,11 @@ def need_of(nets: Sequence[Net], workload: Workload) -> Need:
         widths=tuple(net.config.d_model for net in nets),
         splits=tuple(splits),
         device_bytes=lambda axes: sum(device_bytes(nets, workload, axes).values()),
+        held_bytes=lambda axes: _held_bytes(nets, workload, axes),
     )
+
+
+def _held_bytes(nets: Sequence[Net], workload: Workload, axes: Axes) -> float:
+    """Returns the bytes per device of parameters, moments and averages."""
+    parts = device_bytes(nets, workload, axes, "rollout")
+    return sum(size for part, size in parts.items() if part != "KV cache")

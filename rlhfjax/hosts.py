@@ -1,8 +1,9 @@
 """Several hosts as one: how they join, what they share, and how all end if one of them ends.
 
 Every host runs the same program on the same mesh (JAX's multi-controller runtime). What is computed
-on the host is either the same everywhere or comes from the first host (`share`). Only the first
-host writes files (`first`). With a single process, nothing here does anything.
+on the host is the same everywhere, or comes from the first host (`share`), or each host computes
+its part of it (`share_all`). Only the first host writes files (`first`). With a single process,
+nothing here does anything.
 """
 
 import ctypes
@@ -214,6 +215,34 @@ def share(make: Callable[[], T]) -> T:
     if first():
         client.key_value_delete(key)
     return value
+
+
+def share_all(make: Callable[[], T]) -> list[T]:
+    """Returns on every host what `make` returns on each of them, ordered by host index.
+
+    Every host calls it at the same place. As in `share`, the results are pickled and the hosts wait
+    on the coordination service. If `make` raises on one host, that host ends all of them.
+    """
+    if count() == 1:
+        return [make()]
+    client, key = _client(), f"rlhfjax/share/{next(_calls)}"
+    own = f"{key}/{index()}"
+    client.key_value_set_bytes(own, pickle.dumps(make()))
+    values = []
+    for i in range(count()):
+        value = client.blocking_key_value_get_bytes(f"{key}/{i}", _WAIT_MS)
+        values.append(pickle.loads(value))
+    client.wait_at_barrier(key, _WAIT_MS)
+    client.key_value_delete(own)
+    return values
+
+
+def own_rows(n: int) -> slice:
+    """Returns which of n rows this host works on: equal parts in the order of the hosts.
+
+    The parts of two hosts differ by at most one row; with more hosts than rows some are empty.
+    """
+    return slice(index() * n // count(), (index() + 1) * n // count())
 
 
 def barrier() -> None:

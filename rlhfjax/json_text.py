@@ -253,6 +253,15 @@ def encode(
         raise
 
 
+def foreign(value: Any) -> bytes:
+    """Returns a value of another library as JSON: bytes as text, times as ISO 8601, NaN as null.
+
+    Raises:
+      ValueError: JSON cannot hold it, such as bytes that are not UTF-8.
+    """
+    return pydantic_core.to_json(value, inf_nan_mode="null", bytes_mode="utf8")
+
+
 def unicode(name: str) -> str:
     """Returns a name with U+FFFD in place of bytes that are not UTF-8, which JSON cannot hold."""
     return name.encode(errors="surrogatepass").decode(errors="replace")

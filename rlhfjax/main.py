@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from rlhfjax import __version__, arguments, command_flags, commands, manual, process
-from rlhfjax.errors import ConfigError, first_line
+from rlhfjax import (
+    __version__,
+    arguments,
+    command_flags,
+    commands,
+    manual,
+    plan_flags,
+    process,
+)
+from rlhfjax.errors import ConfigError, cut, first_line
 
 Flags = flags.FlagValues
 HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
@@ -23,6 +31,7 @@ class Command(NamedTuple):
     several_hosts: bool = False  # several hosts run it together
     goes_on: bool = False  # run again after SIGTERM, it continues
     positional: str = ""  # the flag whose value may stand without its name
+    mapping: str = ""  # the flag that is given as --flag.NAME=VALUE
 
 
 COMMANDS = {
@@ -60,7 +69,7 @@ COMMANDS = {
     "export": Command(commands.export, command_flags.export, "--workdir=DIR --to=DIR"),
     "plan": Command(
         commands.plan,
-        command_flags.plan,
+        plan_flags.define,
         "--config=FILE.py[:ARGS] --topology=CHIP:SHAPE",
         config=True,
     ),
@@ -72,6 +81,9 @@ COMMANDS = {
         command_flags.tokenize,
         "--model=MODEL [TEXT]",
         positional="text",
+    ),
+    "data": Command(
+        commands.data, command_flags.data, "--source=SPEC", mapping="columns"
     ),
 }
 
@@ -90,8 +102,6 @@ def _run(argv: list[str]) -> None:
     if command.goes_on:
         process.exit_on_sigterm()
     if command.several_hosts:
-        if fv.compilation_cache:
-            process.keep_compiled_programs(str(commands.path(fv.compilation_cache)))
         process.join_hosts(fv.host_timeout, fv.join_timeout)
     command.run(fv)
 
@@ -124,7 +134,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Flags] | None:
     name, *words = words
     if name not in COMMANDS:
         raise ConfigError(
-            f"command {name!r} is unknown; known: {', '.join(COMMANDS)}"
+            f"command {cut(repr(name))} is unknown; known: {', '.join(COMMANDS)}"
             f"{arguments.did_you_mean(name, COMMANDS)}"
         )
     command = COMMANDS[name]
@@ -146,6 +156,8 @@ def _parse(command: Command, words: list[str]) -> Flags:
         raise ConfigError(f"--flagfile: {first_line(e)}") from None
     if command.config:
         words = _config_flag(fv, words)
+    if command.mapping:
+        words = [_pair_as_value(word, command.mapping) for word in words]
     try:
         rest = arguments.parse(fv, words)[1:]
     except flags.Error as e:
@@ -155,6 +167,14 @@ def _parse(command: Command, words: list[str]) -> Flags:
     elif rest:
         raise ConfigError(f"argument {rest[0]!r} is not a flag; flags are --name=value")
     return fv
+
+
+def _pair_as_value(word: str, flag: str) -> str:
+    """Returns --flag.NAME=VALUE as --flag=NAME=VALUE, and any other word as it is."""
+    for prefix in (f"--{flag}.", f"-{flag}."):
+        if word.startswith(prefix):
+            return f"--{flag}={word.removeprefix(prefix)}"
+    return word
 
 
 def _own_flags(command: Command) -> Flags:

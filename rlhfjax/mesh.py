@@ -46,6 +46,8 @@ class MeshConfig:
     """Devices along `tensor`: heads, MLP width and vocabulary are split."""
     sequence: MeshSize = 1
     """Devices along `sequence`: the tokens of a row are split."""
+    expert: MeshSize = 1
+    """Devices along `expert`: the experts of a mixture are split, the batch is not."""
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Mesh axes by logical axis, laid over the strategy's rules: {"vocab": ["tensor", "fsdp"]}."""
     strategy: str = "given"
@@ -71,6 +73,8 @@ class Layout:
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
     pool: tuple[Any, ...] = ()  # all devices; the mesh may have only some of them
+    need: Need | None = None  # of the stage, if strategy "auto" chose the mesh
+    memory: float | None = None  # bytes of one device, likewise
 
     def spec(
         self, names: Sequence[str | None], shape: Sequence[int] | None = None
@@ -234,8 +238,14 @@ def make_layout(
             f"mesh {given} does not fit the {len(devices)} devices at hand"
         )
     table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
-    mesh = _mesh(list(sizes.values()), devices)
-    return Layout(mesh, _rules(table, config.rules), pool)
+    mesh = _mesh(sizes, devices)
+    rules = {
+        name: tuple(axis for axis in axes if axis in mesh.axis_names)
+        for name, axes in _rules(table, config.rules).items()
+    }
+    if need is not None and memory is None:
+        memory = device_memory(devices)
+    return Layout(mesh, rules, pool, need, memory)
 
 
 def _select(devices: Devices, selection: str) -> Devices:
@@ -296,13 +306,17 @@ def _slices(devices: Devices) -> int:
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
-def _mesh(sizes: Sequence[int], devices: Devices) -> Mesh:
+def _mesh(given: Axes, devices: Devices) -> Mesh:
     """Places devices: neighbors along the axes of a slice; `replica` alone lies across slices.
+
+    The mesh has an axis `expert` only if several devices lie along it.
 
     Only DCN connects slices. Within one, an axis lies along whole sides of the slice if possible,
     else along a part of one: 32 of 4 x 4 x 4 chips.
     """
     slices = _slices(devices)
+    axes = [axis for axis in AXES if axis != "expert" or given[axis] > 1]
+    sizes = [given[axis] for axis in axes]
     replicas, *others = sizes
     if replicas % slices:
         raise ConfigError(
@@ -320,7 +334,7 @@ def _mesh(sizes: Sequence[int], devices: Devices) -> Mesh:
             devices=devices,
             allow_split_physical_axes=True,
         )
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> Rules:
@@ -377,10 +391,28 @@ def shards(name: str) -> int:
     return 1 if layout is None else layout._size(layout.rules[name])
 
 
+def disjoint(*names: str) -> Rules:
+    """Returns rules of the mesh in use by which no mesh axis shards two of these logical axes.
+
+    An axis goes to the first name that it would shard. All are empty outside of `Layout.use`.
+    """
+    layout = _CURRENT.get()
+    rules: Rules = dict.fromkeys(names, ())
+    if layout is None:
+        return rules
+    used: set[str] = set()
+    for name in names:
+        axes = [axis for axis in layout.rules[name] if axis not in used]
+        rules[name] = tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
+        used.update(axes)
+    return rules
+
+
 def per_device(
     f: Callable[..., Any],
     arguments: Sequence[Sequence[str | None]],
     result: Sequence[str | None],
+    rules: Rules | None = None,
 ) -> Callable[..., Any]:
     """Returns f run by every device on its own shards of the arguments.
 
@@ -389,10 +421,13 @@ def per_device(
     Args:
       arguments: the logical axis names of each argument.
       result: those of the result.
+      rules: laid over those of the mesh in use.
     """
     layout = _CURRENT.get()
     if layout is None or layout.mesh.size == 1:
         return f
+    if rules is not None:
+        layout = dataclasses.replace(layout, rules={**layout.rules, **rules})
     specs = tuple(layout.spec(names) for names in arguments)
     return jax.shard_map(
         f,

@@ -103,7 +103,23 @@ def dataclass_of(hint: Any) -> type | None:
     for arm in typing.get_args(hint) or (hint,):
         if isinstance(arm, type) and dataclasses.is_dataclass(arm):
             return arm
+        if is_union(arm) and (inner := dataclass_of(arm)):
+            return inner
     return None
+
+
+def without_arms(hint: Any, location: Sequence[str | int]) -> list[str | int]:
+    """Returns the location of a part of a value without the names that pydantic adds.
+
+    Within a union of several types, these are the names of the type that was tried.
+    """
+    plain: list[str | int] = []
+    for part in location:
+        inside = hint_at(hint, plain)
+        arms = typing.get_args(inside) if is_union(inside) else ()
+        if part not in [getattr(arm, "__name__", None) for arm in arms]:
+            plain.append(part)
+    return plain
 
 
 def hint_at(hint: Any, location: Sequence[str | int]) -> Any:

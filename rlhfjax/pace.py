@@ -25,10 +25,10 @@ from rlhfjax import announce, hosts, json_text, paths, stages, workdirs
 from rlhfjax.clock import Clock
 from rlhfjax.errors import UserError
 from rlhfjax.footprint import Net
-from rlhfjax.metrics import followed_by
-from rlhfjax.models.size import parameters, token_flops
+from rlhfjax.models.size import active_parameters, token_flops
 from rlhfjax.origins import Origins
 from rlhfjax.paths import Path
+from rlhfjax.progress import followed_by
 from rlhfjax.roles import Pass, Workload
 
 MOST_KEPT = 200
@@ -101,7 +101,7 @@ def step_flops(nets: Sequence[Net], workload: Workload) -> dict[str, float]:
     """
     flops: dict[str, float] = {}
     for model_pass, net in model_passes(nets, workload):
-        size = parameters(net.config, net.role.head)
+        size = active_parameters(net.config, net.role.head)
         per_token = float(token_flops(size, net.config, model_pass.length))
         share = 1.0 if model_pass.trains else 1 / 3
         name = model_pass.program
@@ -145,7 +145,8 @@ def _number_of_steps(module: Any, config: Any) -> int | None:
 def _completions(config: Any, earlier: Mapping[str, Any]) -> int:
     """Returns the responses per prompt that a stage of the recipe collects for this one."""
     for source in getattr(config, "preferences", None) or ():
-        folder = str(source).rpartition("/")[0]
+        spec = getattr(source, "spec", source)
+        folder = str(spec).rpartition("/")[0]
         if folder in earlier:
             return getattr(earlier[folder], "samples_per_prompt", 2)
         with contextlib.suppress(UserError):

@@ -176,6 +176,12 @@ def size(file: Path) -> int:
     return os.stat(file).st_size
 
 
+def version(file: Path) -> str:
+    """Returns what a bucket changes whenever it replaces a file."""
+    (entry,) = _listed(file).values()
+    return str(entry["generation"])
+
+
 def glob(pattern: str) -> list[Path]:
     """Returns the files that match, sorted by name; `**` stands for any number of folders.
 
@@ -301,20 +307,33 @@ def write(path: Path, content: str | bytes) -> Path:
         except FileNotFoundError:
             raise ConfigError(f"{path}: there is no such bucket") from None
         return path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with replacing_file(path) as temporary, temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except IsADirectoryError:
         raise DataError(
             f"{path}: is a folder; a file is written here: move it away"
         ) from None
+    return path
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a local name. The file written there replaces `path`, completely or not at all."""
+    if remote(path):
+        with tempfile.TemporaryDirectory(prefix="rlhfjax-") as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            _store().put([str(temporary)], [str(path)])
+        return
+    temporary = pathlib.Path(path.with_name(f".{path.name}.{os.getpid()}"))
+    try:
+        yield temporary
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 @contextlib.contextmanager

@@ -6,6 +6,10 @@ import itertools
 import os
 from collections.abc import Iterator
 
+from rlhfjax.errors import DataError, cut
+
+MOST_FOLDERS = 10_000
+"""Folders that a pattern looks into at most: `/**/x` would walk over the whole disk."""
 Identity = tuple[int, int]  # device and inode of a folder
 
 
@@ -15,7 +19,11 @@ def matching_files(pattern: str) -> list[str]:
     `**` stands for any number of folders. Every part of the pattern that exists as it is written is
     taken literally, so that folders may be named `runs[1]` or `what?`. Folders whose names begin
     with a dot are found only if the pattern spells the dot.
+
+    Raises:
+      DataError: it looks into more than MOST_FOLDERS folders.
     """
+    walk = _Walk(pattern)
     pattern = os.path.expanduser(pattern)
     names = {os.sep if pattern.startswith(os.sep) else ""}
     parts = pattern.lstrip(os.sep).split(os.sep)
@@ -23,15 +31,35 @@ def matching_files(pattern: str) -> list[str]:
     parts = [part for part, _ in itertools.groupby(parts)] if "**" in parts else parts
     for i, part in enumerate(parts):
         is_last = i == len(parts) - 1
-        names = {found for name in names for found in _matching(name, part, is_last)}
+        names = {
+            found for name in names for found in _matching(walk, name, part, is_last)
+        }
     return sorted(filter(os.path.isfile, names))
 
 
-def _matching(folder: str, part: str, is_last: bool) -> Iterator[str]:
+class _Walk:
+    """The folders that a pattern has looked into."""
+
+    def __init__(self, pattern: str):
+        self._pattern = pattern
+        self._folders = 0
+
+    def enter(self) -> None:
+        """Counts a folder. Raises DataError if there are too many."""
+        self._folders += 1
+        if self._folders > MOST_FOLDERS:
+            raise DataError(
+                f"{cut(repr(self._pattern))}: more than {MOST_FOLDERS:,} folders to look into;"
+                " begin the glob with the folder that the files are in"
+            )
+
+
+def _matching(walk: _Walk, folder: str, part: str, is_last: bool) -> Iterator[str]:
     """Yields the names in a folder that match one part of a pattern."""
     name = os.path.join(folder, part)
     if part == "**":
         for inner in _folders(folder):
+            walk.enter()
             yield inner
             if is_last:
                 files = glob.glob("*", root_dir=inner or None)
@@ -39,6 +67,7 @@ def _matching(folder: str, part: str, is_last: bool) -> Iterator[str]:
     elif os.path.lexists(name):
         yield name
     elif glob.has_magic(part):
+        walk.enter()
         found = glob.glob(part, root_dir=folder or None)
         yield from (os.path.join(folder, file) for file in found)
 

@@ -174,13 +174,6 @@ def join_hosts(heartbeat_timeout: int, join_timeout: int) -> None:
         log.setLevel(logging.WARNING)
 
 
-def keep_compiled_programs(folder: str) -> None:
-    """Makes jax keep compiled programs in a folder, for the next start."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", folder)
-
-
 # ------------------------------------------------------------------ the end
 
 

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +54,28 @@ class Program:
         recorder = _RECORDER.get()
         if recorder is not None:
             return recorder.call(self, args, static)
-        with jax.profiler.TraceAnnotation(self.name):
+        observer = _OBSERVER.get()
+        context = _NOTHING if observer is None else observer(self, args, static)
+        with context, jax.profiler.TraceAnnotation(self.name):
             return self.function(*args, **static)
+
+
+# Returns a context in which a program is called, with its arguments and static ones.
+Observer = Callable[[Program, tuple[Any, ...], dict[str, Any]], Any]
+_NOTHING = nullcontext()
+_OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
+    "observer", default=None
+)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Calls every program within this context in one that the observer returns."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
 
 
 class Call(NamedTuple):

@@ -1,7 +1,8 @@
 """Where a result comes from: provenance.jsonl in every workdir, one line per start.
 
 A line has the command, the commit of the package and whether its folder was clean, the versions of
-the packages, the hardware, the stage's seed and the sizes of its models.
+the packages, the hardware, the stage's seed, the sizes of its models and the date that chat
+templates write.
 """
 
 import datetime
@@ -19,7 +20,8 @@ from typing import Any, NotRequired
 import jax
 from typing_extensions import TypedDict
 
-from rlhfjax import hosts, json_text, paths
+from rlhfjax import hosts, json_text, paths, template_date
+from rlhfjax.errors import DataError
 from rlhfjax.jsonl import REMEDY, read_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.redact import redact
@@ -42,7 +44,11 @@ def record(
     """
     if not hosts.first():
         return
-    row = about_start() | {"seeds": dict(seeds), "parameters": dict(parameters)}
+    row = about_start() | {
+        "seeds": dict(seeds),
+        "parameters": dict(parameters),
+        "template_date": template_date.now().isoformat(),
+    }
     rows = [*read_jsonl(workdir / FILE), row]
     lines = [json_text.encode(row, FILE) + "\n" for row in rows]
     paths.write(workdir / FILE, "".join(lines))
@@ -59,6 +65,7 @@ class Start(TypedDict, extra_items=Any):
     hardware: NotRequired[dict[str, Any]]
     seeds: NotRequired[dict[str, int]]
     parameters: NotRequired[dict[str, int]]
+    template_date: NotRequired[str]
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
@@ -68,6 +75,26 @@ def read(workdir: Path) -> list[dict[str, Any]]:
       DataError: a line is damaged; the message names it and says what to do.
     """
     return read_jsonl(workdir / FILE, Start, REMEDY)
+
+
+def first_template_date(workdir: Path) -> datetime.datetime:
+    """Returns the date that chat templates wrote at the first start; `template_date.now` before it.
+
+    Raises:
+      DataError: a line is damaged.
+    """
+    starts = read(workdir)
+    if not starts:
+        return template_date.now()
+    # Workdirs of older versions have the time of the start only, in UTC.
+    text = starts[0].get("template_date") or starts[0].get("date", "")
+    try:
+        time = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(
+            f"{workdir / FILE}:1: {json_text.shown(text)} is no date; {REMEDY}"
+        ) from None
+    return time.astimezone().replace(tzinfo=None) if time.tzinfo else time
 
 
 def about_start() -> dict[str, Any]:

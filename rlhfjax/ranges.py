@@ -56,6 +56,7 @@ NonNegative = Annotated[float, Interval(ge=0, le=LARGEST), Predicate(not_subnorm
 Positive = Annotated[float, Interval(ge=SMALLEST, le=LARGEST)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+CharacterCoverage = Annotated[float, Interval(ge=0.98, le=1)]  # SentencePiece's
 ProperShare = Annotated[float, Interval(gt=0, lt=1)]
 ShareBelow1 = Annotated[
     float,
@@ -86,6 +87,11 @@ RopeTheta = Annotated[
     float,
     # above the limit the slowest pair of dimensions does not turn within MOST_TOKENS
     Interval(ge=1, le=1e12),
+]
+RopeFactor = Annotated[
+    float,
+    # MOST_TOKENS: no context is longer
+    Interval(ge=1, le=MOST_TOKENS),
 ]
 NormEpsilon = Annotated[
     float,

@@ -9,30 +9,34 @@ stopped.
 
 import contextlib
 import re
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlhfjax import (
     announce,
+    best,
     capacity,
+    checkpoint,
+    claims,
     footprint,
     hosts,
     json_text,
     pace,
     paths,
+    precision,
     profile,
     provenance,
     references,
     stages,
+    template_date,
     trackers,
     train,
     workdirs,
 )
 from rlhfjax.clock import Clock
-from rlhfjax.config import TrainConfig, build, fill_defaults, to_dict, write_json
+from rlhfjax.config import TrainConfig, build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
@@ -70,7 +74,8 @@ def run(
       ConfigError: before anything is computed, if a stage's config is invalid, refers to something
         that is not there, or differs from the workdir's.
     """
-    values = to_dict(config)
+    given = to_dict(config)
+    values = hosts.share(lambda: precision.resolved(given, workdir))
     stage_cache = Cache(cache) if cache is not None else None
     if "stages" not in values:
         return run_stage(values, workdir, cache=stage_cache)
@@ -79,7 +84,7 @@ def run(
     typed = check_all(resolved, folders)
     hosts.share(lambda: references.validate(typed, folders, DONE))
     capacity.validate(typed, folders, DONE)
-    hosts.share(lambda: claim(workdir, values))
+    hosts.share(lambda: claims.claim(workdir, values))
     done = {name for name, folder in folders.items() if (folder / DONE).exists()}
     announce.stages(folders, done)
     if len(done) < len(folders):
@@ -92,7 +97,7 @@ def run(
     to_run = {name: typed[name] for name in names[: names.index(last or names[-1]) + 1]}
     for i, (name, stage_values) in enumerate(resolved.items(), start=1):
         title = f"[{i}/{len(folders)}] {name}"
-        with pace.announced(name, to_run, folders):
+        with _date_of(workdir), pace.announced(name, to_run, folders):
             metrics |= run_stage(
                 stage_values,
                 folders[name],
@@ -142,13 +147,16 @@ def run_stage(
     hosts.share(lambda: references.validate(configs, {name: workdir}, DONE))
     capacity.validate(configs, {name: workdir}, DONE)
     record = config if record is None else record
-    hosts.share(lambda: claim(workdir, record))
+    hosts.share(lambda: claims.claim(workdir, record))
     key = hosts.share(lambda: cache.key(config, workdir)) if cache else None
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
     if cache is None or key is None:
         return _compute(configs[name], workdir, title)
-    with cache.locked(key, title) if hosts.first() else contextlib.nullcontext():
+    with (
+        _date_of(workdir),
+        cache.locked(key, title) if hosts.first() else contextlib.nullcontext(),
+    ):
         if hosts.share(lambda: cache.restore(key, workdir, DONE)):
             hosts.share(lambda: write_json(workdir / CONFIG, record))
             done = hosts.share(lambda: read_done(workdir)) or {}
@@ -160,13 +168,27 @@ def run_stage(
     return metrics
 
 
+def _date_of(workdir: Path) -> contextlib.AbstractContextManager[None]:
+    """Pins the date that chat templates write to that of the workdir's first start."""
+    date = hosts.share(lambda: provenance.first_template_date(workdir))
+    return template_date.pinned(date)
+
+
 def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
     """Runs a stage that is not finished, writes its done.json, and returns its metrics."""
+    with _date_of(workdir), template_date.recorded() as dates:
+        return _compute_dated(config, workdir, title, dates)
+
+
+def _compute_dated(
+    config: Any, workdir: Path, title: str, dates: dict[str, str]
+) -> dict[str, float]:
     module = stages.find(config.stage)
-    start = time.time()
     layout = layout_of(config, Origins({}))
     nets = announce.models(config)
-    announce.stage(config, title, nets, layout)
+    precision.warn_if_slow(net.config.dtype for net in nets)
+    memory = capacity.device_bytes(config, nets, layout.mesh.shape)
+    announce.stage(config, title, nets, layout, memory)
     seeds = {config.stage: config.seed} if hasattr(config, "seed") else {}
     sizes = {net.name: net.numbers for net in nets}
     hosts.share(lambda: provenance.record(workdir, seeds=seeds, parameters=sizes))
@@ -179,17 +201,27 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
         with layout.use():
             stage = module.build(config, layout)
         metrics = train.run(stage, config, workdir, layout, clock)
+    steps = getattr(config, "steps", 0)
+    if isinstance(
+        config, TrainConfig
+    ):  # fewer than config.steps without patience for more
+        steps = hosts.share(lambda: checkpoint.latest_step(workdir)) or steps
     done = {
         "stage": json_text.unicode(workdir.name),
         "kind": config.stage,
-        "steps": getattr(config, "steps", 0),
-        "seconds": round(time.time() - start, 1),
+        "steps": steps,
+        "seconds": round(clock.worked(), 1),
         "metrics": json_text.null_nonfinite(metrics),
     }
+    if dates:
+        done[workdirs.DATES] = dates
+    if record := best.describe(config, metrics):
+        done["best"] = record
     if hasattr(module, "run"):
         hosts.share(lambda: trackers.log_finished_stage(workdir))
     hosts.share(lambda: write_json(workdir / DONE, done))
-    pace.keep(config, nets, clock)
+    if steps == getattr(config, "steps", 0):
+        pace.keep(config, nets, clock)
     return metrics
 
 
@@ -220,7 +252,7 @@ def evaluate(
             raise ConfigError(
                 f"{workdir}: no config.json here; expected the workdir of a stage"
             )
-    values = to_dict(config)
+    values = precision.resolved(to_dict(config), workdir)
     if "stages" in values:
         raise ConfigError(
             f"{workdir} is the workdir of a recipe; name one of its stages: {workdir}/NN_name"
@@ -234,7 +266,7 @@ def evaluate(
     siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
     typed = check(resolve(values, siblings, workdir.name[3:]), values["stage"])
     layout = layout_of(typed, Origins({}))
-    with layout.use():
+    with layout.use(), _date_of(workdir):
         return train.evaluate(module.build(typed, layout), typed, workdir, layout)
 
 
@@ -288,7 +320,8 @@ def finished(config: Mapping[str, Any], workdir: Path) -> bool:
     folders = [workdir]
     if "stages" in config:
         folders = list(stage_folders(config, workdir).values())
-    return all(workdirs.read_done(folder) is not None for folder in folders)
+    done = all(workdirs.read_done(folder) is not None for folder in folders)
+    return done and not claims.raised(workdir, config)
 
 
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
@@ -326,6 +359,7 @@ def check(config: Mapping[str, Any], where: str) -> Any:
     typed = build(stages.config_class(config.get("stage", "")), config, where)
     if isinstance(typed, TrainConfig):
         profile.validate(typed)
+        best.validate(typed)
     return typed
 
 
@@ -338,7 +372,10 @@ def check_all(
       ConfigError: for the first config that is invalid.
       CheckpointError: a stage starts from a model that is not there and that no stage will make.
     """
-    typed = {name: check(config, name) for name, config in configs.items()}
+    typed = {
+        name: check(precision.resolved(config), name)
+        for name, config in configs.items()
+    }
     vocabularies = {
         str(folders[name]): config.vocab_size
         for name, config in typed.items()
@@ -385,103 +422,6 @@ def layout_of(config: Any, origins: Origins) -> Layout:
     except Unknown:
         return make_layout(config.mesh)
     return make_layout(config.mesh, need=footprint.need_of(nets, workload(config)))
-
-
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json, or compares the config with the one that is there.
-
-    Raises:
-      ConfigError: the workdir belongs to another config; the message names the options that differ.
-    """
-    compare(workdir, config)
-    if paths.exists(workdir / CONFIG) and not _has_only_configs(workdir):
-        return
-    try:
-        paths.make_folder(workdir)
-    except OSError as e:
-        raise ConfigError(f"--workdir={workdir}: {e.strerror}") from None
-    write_json(workdir / CONFIG, config)
-
-
-def compare(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Validates that the workdir is free or was started with this config.
-
-    Raises:
-      ConfigError: it belongs to another config; the message names the options that differ.
-    """
-    if differ := differences(workdir, config):
-        texts = [f"{place}: {change}" for place, change in differ.items()]
-        more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
-        raise ConfigError(
-            f"{workdir} was started with another config ({'; '.join(texts[:5])}{more}); "
-            f"use a new --workdir{_from_first_changed(config, differ)}"
-        )
-
-
-def _from_first_changed(config: Mapping[str, Any], places: Iterable[str]) -> str:
-    """Returns the advice to run the changed stages again; "" if that is not possible."""
-    names = list(config.get("stages", ()))
-    changed = {place.partition(".")[0] for place in places}
-    if not changed <= set(names):
-        return ""
-    first = next(name for name in names if name in changed)
-    return f", or --from={first}, which runs {first} and the stages after it again"
-
-
-def differences(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns how a config differs from the workdir's: {place of an option: old -> new}.
-
-    An absent option counts as its default, so that new options leave older workdirs usable.
-    A workdir without results differs from nothing.
-    """
-    path = workdir / CONFIG
-    if not paths.exists(path) or _has_only_configs(workdir):
-        return {}
-    before = _Options(workdirs.read_config(workdir) or {})
-    now = _Options(json_text.parse(json_text.encode(config, path)))
-    places = sorted(before.all.keys() | now.all.keys())
-    return {
-        place: f"{before.show(place)} -> {now.show(place)}"
-        for place in places
-        if before.all.get(place, _ABSENT) != now.all.get(place, _ABSENT)
-    }
-
-
-class _Options:
-    """The options of a config by their places; `all` has those that are absent too."""
-
-    def __init__(self, config: Mapping[str, Any]):
-        self._present = json_text.leaves(config)
-        self.all = json_text.leaves(with_defaults(config))
-
-    def show(self, place: str) -> str:
-        if place in self._present:
-            return str(self._present[place])
-        return f"absent ({self.all[place]})" if place in self.all else "absent"
-
-
-def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stage's config, or a recipe's, with the default of every absent option.
-
-    The config of an unknown stage stays as it is.
-    """
-    if "stages" in config:
-        return {
-            name: with_defaults(part) if isinstance(part, Mapping) else part
-            for name, part in config.items()
-        }
-    if config.get("stage") not in stages.names():
-        return dict(config)
-    return fill_defaults(stages.config_class(config["stage"]), config)
-
-
-def _has_only_configs(workdir: Path) -> bool:
-    """Returns whether a run stopped before its first result: its config may be corrected."""
-    names = {file.name for file in paths.files(workdir)}
-    return names <= {CONFIG, provenance.FILE}
-
-
-_ABSENT = object()
 
 
 def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:

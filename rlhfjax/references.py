@@ -10,12 +10,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core import constants
-
 from rlhfjax import paths, stages
-from rlhfjax.data import corpora
-from rlhfjax.data.config import SourceConfig
+from rlhfjax.data import formats
+from rlhfjax.data.config import SourceConfig, split_of_preferences
+from rlhfjax.data.dataset_folders import is_dataset
+from rlhfjax.data.forms import Reader
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import (
     CheckpointError,
@@ -24,6 +23,7 @@ from rlhfjax.errors import (
     UserError,
     first_line,
 )
+from rlhfjax.interop import peft_config, peft_modules
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
@@ -38,7 +38,6 @@ from rlhfjax.rewards.load import (
 from rlhfjax.roles import Head
 
 HEADS: dict[str, str] = {"lm": "a language model", "scalar": "a reward model"}
-SPECS = "tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB"
 REWARDS = (
     "gold:NAME, rule:MODULE:FUNCTION, or the workdir of a stage that makes a reward"
 )
@@ -154,8 +153,8 @@ class _Stage(NamedTuple):
 
     def _validate_trainable(self, start: str, source: RewardSource) -> None:
         """Validates that a reward from which training starts is a model."""
-        kind, _ = describe(source, self.origins)
-        if kind != "model":
+        kind, config = describe(source, self.origins)
+        if not KINDS[kind].is_model(config):
             raise ConfigError(
                 f"{start}: {label(source)} is no model to start from; "
                 'another value, such as "policy", is needed'
@@ -172,16 +171,24 @@ class _Stage(NamedTuple):
             ) from None
 
     def _validate_source(self, option: str, config: SourceConfig) -> None:
-        scheme, _, rest = config.spec.partition(":")
-        if scheme not in ("tfds", "jsonl", "text") or not rest:
-            raise ConfigError(f"{option}.spec={config.spec}: expected {SPECS}")
-        if self._is_made(rest):
+        is_rankings = last_name(option) == "preferences"
+        kind = config.kind or ("preferences" if is_rankings else None)
+        # Raises for a form that there is not, or that gives rows of another kind.
+        Reader(kind, config.columns, config.form, option)
+        if is_rankings and (self._is_made(config.spec) or is_dataset(config.spec)):
             return
-        if scheme == "tfds":
-            _validate_dataset(f"{option}.spec", config.spec, rest, config.data_dir)
+        option = f"{option}.spec"
+        if self._is_made(formats.without_scheme(config.spec)):
+            return
+        context = f"{option}={config.spec}"
+        named = formats.parse(config.spec, config.format, context)
+        if named.scheme == formats.TFDS:
+            _validate_dataset(option, config.spec, named.rest, config.data_dir)
         else:
-            pattern = rest.replace("{split}", config.split)
-            _validate_glob(f"{option}.spec", pattern, self._is_made)
+            split = config.split
+            if is_rankings:
+                split = split_of_preferences(config, "train")
+            formats.validate(option, config.spec, named, split)
 
 
 def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -231,34 +238,49 @@ def _validate_tokenizer(option: str, name: str) -> None:
         ) from None
 
 
+def _validate_adapter(option: str, name: str) -> None:
+    """Validates that there is an adapter of the kind that is read; empty: none is asked for."""
+    if not name:
+        return
+    folder = paths.path(name)
+    try:
+        peft_modules.validate_whole(folder)
+        peft_config.read(folder / peft_config.CONFIG)
+    except CheckpointError as e:
+        raise CheckpointError(f"{option}={e}") from None
+
+
 def _validate_preferences(option: str, name: str) -> None:
     """Validates a folder with a dataset, or the spec of a source."""
-    scheme = paths.scheme(name, ("tfds", "jsonl", "text"))
-    rest = name.removeprefix(f"{scheme}:")
-    if not scheme:
-        if not (paths.path(name) / corpora.INFO).is_file():
-            raise DataError(
-                f"{option}={name}: expected a folder with a dataset, or jsonl:GLOB"
-            )
-    elif scheme == "tfds":
-        _validate_dataset(option, name, rest, None)
-    elif scheme == "jsonl":
-        _validate_file(option, rest.replace("{split}", "train"))
+    expected = "expected a folder with a dataset, or jsonl:GLOB or another source"
+    if not formats.is_spec(name):
+        if not is_dataset(paths.path(name)):
+            raise DataError(f"{option}={name}: {expected}")
+        return
+    named = formats.parse(name, context=f"{option}={name}")
+    if named.scheme == "text":
+        raise ConfigError(f"{option}={name}: {expected}")
+    if named.scheme == formats.TFDS:
+        _validate_dataset(option, name, named.rest, None)
     else:
-        raise ConfigError(
-            f"{option}={name}: expected a folder with a dataset, or jsonl:GLOB"
-        )
+        formats.validate(option, name, named, "train")
 
 
 def _validate_dataset(option: str, spec: str, name: str, data_dir: str | None) -> None:
     """Validates that a TFDS dataset is known, and that the package with its text is installed."""
-    if (paths.path(name) / corpora.INFO).is_file():
+    if is_dataset(paths.path(name)):
         return
+    # TFDS takes a second to import, which no other source needs.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants
+
+    from rlhfjax.data import corpora, package_corpora
+
     own = corpora.BUILDERS.get(name)
     if own is not None:
         data_dir = data_dir or str(constants.DATA_DIR)
         if not (paths.path(data_dir) / name).exists():
-            corpora.package_file(*own.source)
+            package_corpora.package_file(*own.source, own.INSTALL)
         return
     try:
         tfds.builder(name, data_dir=data_dir)
@@ -270,6 +292,7 @@ def _validate_dataset(option: str, spec: str, name: str, data_dir: str | None) -
 
 
 NAMED: dict[str, Callable[[str, str], None]] = {
+    "adapter": _validate_adapter,
     "answers": _validate_preferences,
     "feedback": _validate_file,
     "held_out": _validate_file,

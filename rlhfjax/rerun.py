@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlhfjax import hosts, json_text, paths, recipe, references, trackers
+from rlhfjax import (
+    claims,
+    hosts,
+    json_text,
+    paths,
+    precision,
+    recipe,
+    references,
+    trackers,
+)
 from rlhfjax.arguments import did_you_mean
 from rlhfjax.config import to_dict, write_json
 from rlhfjax.errors import ConfigError
@@ -45,7 +54,8 @@ def run(
       ConfigError: there is no such stage, a stage before it is not done, or options of other stages
         have changed.
     """
-    values = to_dict(config)
+    given = to_dict(config)
+    values = hosts.share(lambda: precision.resolved(given, workdir))
     if "stages" not in values:
         raise ConfigError(f"{choice}: this config is a single stage, not a recipe")
     folders = recipe.stage_folders(values, workdir)
@@ -84,7 +94,7 @@ def to_move(
                 f"{choice}: {name} is not finished in {workdir}; run without --{choice.flag} first"
             )
     again = chosen(values, folders, choice)
-    changed = recipe.differences(workdir, values)
+    changed = claims.decisive(workdir, values)
     kept = [name for name in names if name not in again]
     for place in changed:
         if place.partition(".")[0] in kept:

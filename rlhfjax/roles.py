@@ -4,6 +4,7 @@ A stage declares its roles. Loading, placement, the memory estimate and `plan` l
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -13,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhfjax import state as states
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop import store
+from rlhfjax.interop import peft, store
+from rlhfjax.interop.adapted import own_tokenizer
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.models import lora, quantized
 from rlhfjax.models.config import TransformerConfig
@@ -38,6 +40,8 @@ class Role(NamedTuple):
     """The optimizer; None: the model is frozen."""
     lora: LoraConfig = LoraConfig()
     """Adapters of a trained model; rank 0: all parameters are trained."""
+    adapter: str = ""
+    """PEFT folder with the adapters that training starts from; empty: fresh ones."""
     overrides: Mapping[str, Any] = {}
     """Changes to the model_config of `source`."""
     averaged: bool = False
@@ -247,7 +251,14 @@ class Models:
         if role.optim is None:
             return Loaded(model, opened.tokenizer, params, lambda: params, head)
         frozen = params if role.head == "lm" else {"backbone": params["backbone"]}
-        return Loaded(model, opened.tokenizer, frozen, lambda: params, head)
+
+        def start() -> PyTree:
+            if not role.adapter:
+                return params
+            return _read_adapter(role.adapter, model, f"{self._stage}.lora")
+
+        own = own_tokenizer(role.adapter, model) if role.adapter else None
+        return Loaded(model, own or opened.tokenizer, frozen, start, head)
 
     # The protocol `Sources`, for rewards, which load their models themselves.
 
@@ -285,6 +296,24 @@ def _key(
     source: str, layout: Layout, changes: Mapping[str, Any]
 ) -> tuple[str, int, str]:
     return str(source), id(layout), repr(dict(changes))
+
+
+def _read_adapter(folder: str, model: Model, option: str) -> PyTree:
+    """Returns the adapters of a PEFT folder. Raises ConfigError unless they are the model's."""
+    found, adapters = peft.load_peft(
+        folder, dataclasses.replace(model, lora=LoraConfig())
+    )
+    shapes, expected = (
+        jax.tree.map(lambda x: x.shape, tree)
+        for tree in (adapters, model.trained_shapes())
+    )
+    if shapes != expected or not math.isclose(found.lora.scale, model.lora.scale):
+        theirs = found.lora
+        raise ConfigError(
+            f"{option}: must be those of the adapter {folder}: rank={theirs.rank}, "
+            f"alpha={theirs.alpha:g}, targets={theirs.targets!r}"
+        )
+    return adapters
 
 
 def _without_head(params: PyTree) -> PyTree:

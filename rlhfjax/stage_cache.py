@@ -11,6 +11,9 @@ is the SHA-256 of all that decides its files:
   machine    kind and number of the devices and hosts, jax's flags; of a CPU also its features and
              the number of cores, by which XLA splits its work
 
+A stage whose chat template writes the date counts as computed only where the template would write
+the same now (`template_dates` of done.json).
+
 A stage that runs code from outside of the package (a rule, a stage of a user's package) has no key:
 what that code depends on is not known. Nor has a stage that reads from such a stage.
 
@@ -37,8 +40,18 @@ from typing import Any
 
 import jax
 
-from rlhfjax import hosts, json_text, paths, stages, trackers
+from rlhfjax import (
+    hosts,
+    json_text,
+    paths,
+    precision,
+    stages,
+    template_date,
+    trackers,
+    workdirs,
+)
 from rlhfjax.config import fill_defaults
+from rlhfjax.data import formats
 from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
 
@@ -49,7 +62,7 @@ STAGE_FOLDER = "stage"
 ROOTS = ("rlhfjax.train", "rlhfjax.footprint")
 # Extras whose packages compute nothing.
 _TOOLS = re.compile(r"extra == .(test|plan|transformers|slurm|wandb)\b")
-_FILES = re.compile(r"(jsonl|text|tfds|hf|gguf):(.*)", re.DOTALL)
+_FILES = re.compile(rf"({'|'.join(formats.SCHEMES)}|hf|gguf):(.*)", re.DOTALL)
 # Environment variables that change what is computed.
 _FLAGS = re.compile(
     r"XLA_FLAGS|LIBTPU_INIT_ARGS|JAX_(?!COMPILATION_CACHE|PERSISTENT).*"
@@ -94,15 +107,29 @@ class Cache:
         filled = fill_defaults(stages.config_class(name), config)
         return {
             "folder": workdir.name,
-            "config": _identified(filled, self._keys),
+            "config": _identified(filled, self._dated_keys()),
             "code": code_digest(*ROOTS, stages.find(name).__name__),
             "versions": versions(),
             "machine": machine(),
         }
 
+    def _dated_keys(self) -> dict[str, str | NoKey]:
+        """Returns the keys of earlier stages, with the dates that their templates wrote."""
+        keys = dict(self._keys)
+        for folder, key in self._keys.items():
+            if isinstance(key, NoKey):
+                continue
+            kept = self._folder / key / STAGE_FOLDER
+            if dates := _dates(paths.path(folder)) or _dates(kept):
+                keys[folder] = digest({"key": key, workdirs.DATES: dates})
+        return keys
+
     def has(self, content: Mapping[str, Any]) -> bool:
-        """Returns whether a finished stage with this key is there."""
-        return (self._folder / digest(content) / KEY_FILE).exists()
+        """Returns whether a finished stage with this key is there, for the date of today."""
+        folder = self._folder / digest(content)
+        if not (folder / KEY_FILE).exists():
+            return False
+        return template_date.is_now(_dates(folder / STAGE_FOLDER))
 
     def restore(self, content: Mapping[str, Any], workdir: Path, last: str) -> bool:
         """Copies a stage's files into its workdir; returns whether the cache had them.
@@ -144,6 +171,12 @@ class Cache:
             yield
 
 
+def _dates(folder: Path) -> dict[str, str]:
+    """Returns what the templates of a finished stage wrote of the date."""
+    done = workdirs.read_done(folder) or {}
+    return done.get(workdirs.DATES, {})
+
+
 def digest(content: Mapping[str, Any]) -> str:
     """Returns the key: 32 hexadecimal digits."""
     text = json_text.encode(content, "key of a stage", sort_keys=True)
@@ -177,12 +210,22 @@ def _identified_text(text: str, keys: Mapping[str, str | NoKey]) -> Any:
             return {"stage": text.replace(folder, f"{name}@{key}")}
     found = _FILES.fullmatch(text)
     scheme, name = found.groups() if found else ("", text)
-    if scheme in ("jsonl", "text"):
-        files = [(file.name, file_digest(file)) for file in paths.glob(name)]
+    if scheme == formats.HF_DATASET:
+        raise NoKey(f"what the hub has may change: {text}")
+    files = _file_digests(name) if scheme in formats.FORMATS else []
+    if scheme in ("jsonl", "text") or files:
         return {"text": text, "files": files}
     if (content := _content_digest(name)) is not None:
         return {"text": text, "content": content}
+    if not scheme and formats.by_ending(name) and (files := _file_digests(name)):
+        return {"text": text, "files": files}
     return text
+
+
+def _file_digests(pattern: str) -> list[tuple[str, str]]:
+    """Returns the names and digests of the files of a glob, in which {split} may stand."""
+    found = paths.glob(pattern) or paths.glob(pattern.replace("{split}", "*"))
+    return [(file.name, file_digest(file)) for file in found]
 
 
 def _content_digest(name: str) -> str | None:
@@ -303,16 +346,6 @@ def machine() -> dict[str, Any]:
         "flags": flags,
     }
     if device.platform == "cpu":
-        description |= {"cores": os.cpu_count(), "features": _cpu_features()}
+        features = " ".join(sorted(precision.cpu_features()))
+        description |= {"cores": os.cpu_count(), "features": features}
     return description
-
-
-@functools.cache
-def _cpu_features() -> str:
-    """Returns the features that XLA compiles for: those in /proc/cpuinfo, or the CPU's name."""
-    cpuinfo = paths.path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return " ".join(sorted(line.partition(":")[2].split()))
-    return platform.processor()

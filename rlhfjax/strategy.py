@@ -8,6 +8,8 @@ A strategy maps logical axis names to mesh axes. What each device keeps and comm
   fsdp_tensor   also its shard of each layer's heads, MLP and vocabulary (Shoeybi et al. 2019);
                 activations are all-reduced over `tensor`.
   context       also its part of each sequence; keys and values are all-gathered over `sequence`.
+  expert        as fsdp_tensor, and its share of a mixture's experts; outputs are all-reduced over
+                `expert`.
   hsdp          fsdp (and tensor, if given) within each replica, data parallelism between replicas,
                 which are slices.
 """
@@ -19,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.json_text import shown
 
-AXES = ("replica", "data", "fsdp", "tensor", "sequence")
+AXES = ("replica", "data", "fsdp", "tensor", "sequence", "expert")
 Axes = Mapping[str, int]  # the size of every mesh axis
 Rules = dict[str, tuple[str, ...]]
 
@@ -35,8 +38,9 @@ def rules_of(axes: Sequence[str]) -> Rules:
         "batch": used("replica", "data", "fsdp"),
         "time": used("sequence"),
         "embed": used("fsdp"),
+        "expert": used("expert"),
         **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), used("tensor")),
-        **dict.fromkeys(("head_dim", "layers", "positions"), ()),
+        **dict.fromkeys(("head_dim", "layers", "positions", "router"), ()),
     }
 
 
@@ -58,6 +62,7 @@ STRATEGIES = {
     "fsdp": Strategy(("data", "fsdp")),
     "fsdp_tensor": Strategy(("data", "fsdp", "tensor"), needs="tensor"),
     "context": Strategy(("data", "fsdp", "tensor", "sequence"), needs="sequence"),
+    "expert": Strategy(("data", "fsdp", "tensor", "expert"), needs="expert"),
     "hsdp": Strategy(("replica", "data", "fsdp", "tensor"), needs="replica"),
 }
 
@@ -66,7 +71,9 @@ def find(name: str) -> Strategy:
     """Returns the strategy of a name. Raises ConfigError if there is none."""
     if name not in STRATEGIES:
         known = ", ".join(["given", *STRATEGIES, "auto"])
-        raise ConfigError(f"mesh.strategy={name!r} is unknown: accepted are {known}")
+        raise ConfigError(
+            f"mesh.strategy={shown(name)} is unknown: accepted are {known}"
+        )
     return STRATEGIES[name]
 
 
@@ -123,6 +130,8 @@ class Need:
         int, ...
     ] = ()  # heads, KV heads, MLP widths, vocabularies, for tensor
     device_bytes: Callable[[Axes], float] = lambda axes: 0.0
+    held_bytes: Callable[[Axes], float] = lambda axes: 0.0
+    """Bytes per device that stay there while the stage samples, without the KV cache."""
 
 
 class Choice(NamedTuple):

@@ -25,3 +25,6 @@ PER_SOURCE = 7919  # times the index of the source: shuffling of its examples
 
 # The seed of draw n of the stage `critique` is seed * PER_CRITIQUE_SEED + n.
 PER_CRITIQUE_SEED = 1_000_003
+
+# The seed of draw n of the stage `synthesize` is seed * PER_SYNTHESIS_SEED + n * batch_size.
+PER_SYNTHESIS_SEED = 1_000_033

@@ -15,21 +15,21 @@ from rlhfjax.algos.language import nats_per_byte
 from rlhfjax.algos.preference import untied_pairs
 from rlhfjax.config import TrainConfig
 from rlhfjax.data.batches import PreferenceBatch, TokenBatch
-from rlhfjax.data.config import SourceConfig, open_sources, own_shards
-from rlhfjax.data.loader import BatchStream, rows_per_stream
+from rlhfjax.data.loader import rows_per_stream
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import add_balance
 from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.ranges import Count, Size, Tokens
-from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Sources, Workload
+from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Workload
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState, apply_gradients, gradients
 from rlhfjax.types import Loss, Metrics, PyTree
@@ -195,89 +195,24 @@ def supervised_stage(
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageConfig(StreamConfig):
-    """The options of a stage that trains a language model on packed text."""
-
-    sources: tuple[SourceConfig, ...] = ()
-    """Documents or conversations to train on."""
-    eval_sources: tuple[SourceConfig, ...] = ()
-    """Held-out documents or conversations."""
-
-
-def language_workload(config: LanguageConfig, completions: int = 1) -> Workload:
-    """Returns what a step computes."""
-    return supervised_workload(config)
-
-
-def language_roles(config: LanguageConfig) -> dict[str, Role]:
-    """Returns the only model of the stage."""
-    return {MODEL: trained_role(config)}
-
-
-def language_stage(
-    config: LanguageConfig,
-    layout: Layout,
-    sources: Sources,
-    load: Callable[..., BatchStream],
-    batch: TokenBatch,
-) -> Stage:
-    """Returns the Stage that trains a language model on packed text.
-
-    Args:
-      load: the loader of the data, such as `loader.sft_batches`.
-      batch: the shapes of a batch.
-    """
-    models = Models(config.stage, language_roles(config), layout, sources)
-    loaded, tokenizer = load_trained(config, models)
-    model = loaded.model
-    validate_streams(config, layout, model.config)
-    loss = language_loss(model)
-    step, tx = train_step(config, loaded, loss)
-
-    def open_data() -> Data:
-        size, length = config.batch_size, config.length
-        train = open_sources(config.sources, f"{config.stage}.sources")
-        held = open_sources(config.eval_sources, f"{config.stage}.eval_sources")
-        load_with = functools.partial(
-            load, tokenizer=tokenizer, batch_size=size, length=length
-        )
-        shards = own_shards(config.data_shards, size, layout)
-        batches = load_with(train, seed=config.seed, shards=shards)
-        held_out = load_with(held, train=False)
-        measure = held_out_loss(model, loss, tokenizer.byte_lengths())
-
-        def evals(state: TrainState) -> Metrics:
-            params = loaded.merged(state.params)
-            return sum_metrics(
-                held_out.restart(),
-                functools.partial(measure, params),
-                layout,
-                config.eval_batches,
-            )
-
-        return Data(batches, evals, lambda state: finished_model(loaded, state.params))
-
-    return supervised_stage(
-        loaded,
-        tx,
-        step=step,
-        batch=lambda _: batch,
-        open=open_data,
-        units=config.batch_size * config.length,
-    )
-
-
-def language_loss(model: Model) -> LossFunction:
+def language_loss(
+    model: Model, balanced: bool = False, by_kind: bool = False
+) -> LossFunction:
     """Returns the mean negative log-likelihood of the masked targets, nats per token.
 
     The loss is a function (params, batch, key) -> (loss, metrics). Its metrics are the loss and, in
-    fine-tuning, the share of examples that lost tokens.
+    fine-tuning, the share of examples that lost tokens. In fine-tuning with documents they are also
+    the shares that documents have of the examples and of the targets.
+
+    Args:
+      balanced: add the balancing loss of a mixture of experts, and metrics of its routing.
+      by_kind: in fine-tuning with documents, also measure the losses of documents and of
+        conversations. The head computes the logits once more for that.
     """
 
     def loss(params: PyTree, batch: TokenBatch, key: jax.Array | None) -> Loss:
         key = key if model.drops else None
-        hidden = model.hidden(
+        hidden, routing = model.hidden_and_routing(
             params, batch.tokens, batch.positions, batch.segment_ids, key
         )
         nll, weight = model.cross_entropy(params, hidden, batch.targets, batch.mask)
@@ -286,9 +221,29 @@ def language_loss(model: Model) -> LossFunction:
             examples = jnp.sum((batch.positions == 0) & (batch.segment_ids > 0))
             cut = jnp.sum(batch.cut)
             metrics["examples_cut"] = (cut, examples.astype(jnp.float32))
-        return nll / jnp.maximum(weight, 1.0), metrics
+        if batch.documents is not None:
+            metrics |= _document_shares(batch)
+        if batch.documents is not None and by_kind:
+            mask = batch.mask * batch.documents
+            document = model.cross_entropy(params, hidden, batch.targets, mask)
+            metrics["document_loss"] = document
+            metrics["conversation_loss"] = (nll - document[0], weight - document[1])
+        mean = nll / jnp.maximum(weight, 1.0)
+        routing = routing if balanced else None
+        return add_balance(model.config, (mean, metrics), routing)
 
     return loss
+
+
+def _document_shares(batch: TokenBatch) -> Metrics:
+    """Returns the shares that documents have of the examples and of the targets of a batch."""
+    starts = (batch.positions == 0) & (batch.segment_ids > 0)
+    starts = starts.astype(jnp.float32)
+    targets = jnp.sum(batch.mask * batch.documents)
+    return {
+        "document_examples": (jnp.sum(starts * batch.documents), jnp.sum(starts)),
+        "document_tokens": (targets, jnp.sum(batch.mask)),
+    }
 
 
 def finished_model(loaded: Loaded, params: PyTree) -> Finished:

@@ -15,6 +15,7 @@ from rlhfjax.data.chat import Message, render, render_prompt
 from rlhfjax.data.hf_tokenizer import FILE
 from rlhfjax.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.evals.text import count_runs
 from rlhfjax.interop import foreign, store
 
 # Backgrounds of neighboring pieces, which differ in terminals of 16 colors too.
@@ -213,7 +214,7 @@ class Cut(NamedTuple):
             "tokens": str(count),
         }
         units = {
-            "word": len(self.text.split()),
+            "word": count_runs(self.text),
             "character": len(self.text),
             "byte": len(self.text.encode()),
         }

@@ -2,7 +2,7 @@
 
 Before the update of step n, counted from 0, the loop does the following in this order:
 
-  1. evaluates the state if an evaluation is due;
+  1. evaluates the state if an evaluation is due, and keeps its parameters if they are the best;
   2. saves the state and the data position if a save is due. Saving before `next(batches)` is what
      keeps a resumed run from replaying or skipping a batch;
   3. takes the next batch;
@@ -15,30 +15,28 @@ an uninterrupted one.
 """
 
 import logging
-import math
 import time
 from contextlib import closing
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
-from rlhfjax import hosts, process, sums
+from rlhfjax import finish, hosts, process
 from rlhfjax import metrics as metric
 from rlhfjax import state as states
+from rlhfjax.best import Best
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.clock import Clock
-from rlhfjax.config import TrainConfig, write_json
-from rlhfjax.errors import (
-    CheckpointError,
-    ConfigError,
-    NonFiniteError,
-    first_line,
-)
-from rlhfjax.interop import peft, store
+from rlhfjax.config import TrainConfig
+from rlhfjax.data.counted import data_metrics
+from rlhfjax.device_memory import Memory
+from rlhfjax.errors import CheckpointError, first_line
+from rlhfjax.finite import FiniteGuard
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.profile import Profile
-from rlhfjax.stage import Stage
+from rlhfjax.progress import Progress
+from rlhfjax.stage import Batches, Stage
 from rlhfjax.types import Metrics, PyTree
 
 logger = logging.getLogger("rlhfjax")
@@ -78,21 +76,24 @@ def run(
             logger.info("%s: resuming at %s", config.stage, where)
         with (
             _open_writer(stage, config, workdir, resumed_step) as writer,
-            metric.Progress(
+            Progress(
                 config.steps, stage.unit, title=config.stage, start=start
             ) as progress,
             closing(Profile(config, workdir)) as profile,
         ):
-            guard = _FiniteGuard(config, checkpoints)
+            guard = FiniteGuard(config, checkpoints)
             timings = _TimingsLog(config, stage, writer, clock, start)
             log = _MetricsLog(config, stage, writer, progress, guard, timings)
+            best = Best(config, workdir, resumed_step)
+            if resumed_step is None:
+                log.data(batches)
             logger.info("%s: compiling; the first step takes longest", config.stage)
             clock.end_build()
             clock.save()
             vote = hosts.Vote()  # all hosts save and stop at the same step
             save_timer = _SaveTimer(config.checkpoint.minutes)
             for step in range(start, config.steps + 1):
-                is_last = step == config.steps
+                is_last = step == config.steps or best.is_exhausted()
                 is_resumed = step == resumed_step  # evaluated and saved already
                 action = vote(_requested_action(stop_requested, save_timer))
 
@@ -100,7 +101,9 @@ def run(
                 if is_due(step, config.eval_every, is_last) and not is_resumed:
                     log.flush()
                     with clock.part("eval"):
-                        log.evaluation(step, stage.evals(state))
+                        values = log.evaluation(step, stage.evals(state))
+                        best.evaluated(step, values, state)
+                    is_last = is_last or best.is_exhausted()
 
                 # 2. Save. The last save comes after the stage's models are written.
                 save_due = is_due(step, config.checkpoint.every, is_last)
@@ -109,9 +112,12 @@ def run(
                     with clock.part("checkpoint"):
                         guard.check_state(step, state)
                         if is_last:
-                            log.evaluation(step, _finish(stage, state, workdir, layout))
+                            kept = best.state(state)
+                            ended = finish.write(stage, kept, workdir, layout)
+                            log.evaluation(step, {**ended, **best.metrics()})
                         writer.flush()
                         checkpoints.save(step, state, batches.get_state())
+                        best.prune(checkpoints)
                     save_timer.restart()
                     timings.write_clock(step)
                 if action == _STOP or (
@@ -131,11 +137,14 @@ def run(
                 with clock.part("step"):
                     step_key = jax.random.fold_in(key, step)
                     log.before_step(step + 1)
-                    state, metrics = stage.step(state, batch, step_key)
+                    with timings.memory.observing(step == start):
+                        state, metrics = stage.step(state, batch, step_key)
                 profile.after_step(step + 1, state)
 
                 # 5. Read the metrics of the previous step.
                 log.later(step + 1, metrics)
+            checkpoints.wait()
+            best.prune(checkpoints)
     return hosts.share(lambda: metric.last_values(workdir))
 
 
@@ -179,37 +188,6 @@ def evaluate(
         raise CheckpointError(f"{workdir}: no checkpoint to evaluate")
     state, _ = restored
     return metric.finalize(hosts.whole(stage.evals(state)), f"{config.stage}/")
-
-
-def _finish(
-    stage: Stage, state: states.TrainState, workdir: Path, layout: Layout
-) -> Metrics:
-    """Writes the stage's models and files, and returns its last metrics.
-
-    This precedes the last save, so that a run that is killed in between writes them again.
-    """
-    finished = stage.finish(state)
-    for name, model in finished.models.items():
-        store.save(workdir / name, model)
-    for name, content in finished.files.items():
-        write_json(workdir / name, content)
-    if finished.files:
-        sums.write(workdir, finished.files)
-    for name, (model, adapters) in finished.adapters.items():
-        _save_adapters(workdir / name, model, adapters, layout)
-    return finished.metrics
-
-
-def _save_adapters(folder: Path, model: Any, adapters: PyTree, layout: Layout) -> None:
-    """Writes LoRA adapters in PEFT's format, on the first host; warns if PEFT lacks the model."""
-    replicate = jax.jit(lambda x: x, out_shardings=layout.replicated)
-    on_host = jax.device_get(replicate(adapters))
-    if not hosts.first():
-        return
-    try:
-        peft.save_peft(folder, model, on_host)
-    except ConfigError as e:
-        logger.warning("%s is not written (the merged model is): %s", folder, e)
 
 
 class _SaveTimer:
@@ -272,8 +250,8 @@ class _MetricsLog:
         config: TrainConfig,
         stage: Stage,
         writer: metric.Writer,
-        progress: metric.Progress,
-        guard: "_FiniteGuard",
+        progress: Progress,
+        guard: FiniteGuard,
         timings: "_TimingsLog",
     ):
         self._config = config
@@ -307,6 +285,8 @@ class _MetricsLog:
         if step == self._timings.start + 1:
             start = self._timings.clock.describe_start()
             self._progress.print(f"{self._config.stage} {start}")
+            if memory := self._timings.memory.describe():
+                self._progress.print(f"{self._config.stage} {memory}")
         self._progress.update(step, values, self._stage.units)
         if step % self._config.log.every == 0 or step == self._config.steps:
             self._writer.write(step, values)
@@ -315,10 +295,16 @@ class _MetricsLog:
             rows = self._stage.samples.rows(kept, self._config.log.samples)
             self._writer.samples(step, rows)
 
-    def evaluation(self, step: int, metrics: Metrics) -> None:
+    def data(self, batches: Batches) -> None:
+        """Writes what was left out of the data and changed in it, if the batches count that."""
+        self._writer.write(0, data_metrics(batches, self._config.stage))
+
+    def evaluation(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Checks and writes the metrics of an evaluation; its time does not count as training."""
-        self._writer.write(step, self._read(step, metrics))
+        values = self._read(step, metrics)
+        self._writer.write(step, values)
         self._timings.restart(step)
+        return values
 
     def _read(self, step: int, metrics: Metrics) -> dict[str, float]:
         values = metric.finalize(hosts.whole(metrics), f"{self._config.stage}/")
@@ -327,7 +313,7 @@ class _MetricsLog:
 
 
 class _TimingsLog:
-    """Writes the speed of the steps and where the wall time went."""
+    """Writes the speed of the steps, the devices' memory and where the wall time went."""
 
     def __init__(
         self,
@@ -338,6 +324,7 @@ class _TimingsLog:
         start: int,
     ):
         self.clock = clock
+        self.memory = Memory()
         self.start = start
         self._prefix = f"{config.stage}/"
         self._stage = stage
@@ -359,7 +346,7 @@ class _TimingsLog:
                 per_second: self._stage.units / seconds,
                 "seconds_per_step": seconds,
             }
-            self._write(step, speed)
+            self._write(step, speed | self.memory.metrics())
         self.restart(step)
 
     def write_clock(self, step: int) -> None:
@@ -370,32 +357,3 @@ class _TimingsLog:
     def _write(self, step: int, values: dict[str, float]) -> None:
         named = {self._prefix + name: value for name, value in values.items()}
         self._writer.timing(step, named)
-
-
-class _FiniteGuard:
-    """Stops a run whose numbers are not finite; the error names the last good checkpoint."""
-
-    def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
-        self._config = config
-        self._checkpoints = checkpoints
-
-    def check_metrics(self, step: int, values: dict[str, float]) -> None:
-        if self._config.on_nonfinite != "error":
-            return
-        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
-        if bad:
-            self._stop(f"{bad[0]} is {values[bad[0]]}", step)
-
-    def check_state(self, step: int, state: states.TrainState) -> None:
-        """Raises before a checkpoint that could not be resumed from, whatever `on_nonfinite` is."""
-        if not states.all_finite(state):
-            self._stop(f"the state of {self._config.stage} is no longer finite", step)
-
-    def _stop(self, problem: str, step: int) -> NoReturn:
-        self._checkpoints.wait()
-        good_steps = self._checkpoints.steps()
-        advice = "no checkpoint"
-        if good_steps:
-            last_good = self._checkpoints.directory / str(good_steps[-1])
-            advice = f"the last good checkpoint is {last_good}"
-        raise NonFiniteError(f"{problem} at step {step}; {advice}")

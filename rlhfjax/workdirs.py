@@ -17,6 +17,7 @@ from rlhfjax.ranges import Count, Share
 from rlhfjax.renamed import config_with_present_names
 
 CONFIG, DONE, CALIBRATION = "config.json", "done.json", "calibration.json"
+DATES = "template_dates"  # of DONE
 RESTORE = "restore it from a copy, or start again in a new --workdir"
 RUN_AGAIN = "restore it from a copy, or delete it to run the stage again"
 
@@ -56,6 +57,8 @@ class Done(TypedDict, extra_items=Any):
     seconds: NotRequired[Seconds]
     metrics: Metrics
     calibration: NotRequired[Calibration]
+    template_dates: NotRequired[dict[str, str]]
+    """What chat templates wrote of the date, by form of strftime; absent: nothing."""
 
 
 class _Stage(TypedDict, extra_items=Any):

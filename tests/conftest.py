@@ -1,6 +1,8 @@
-"""Fixtures of the system tests: conversations to train on, and a recipe that has been run once."""
+"""Fixtures of the system tests: conversations to train on, and a recipe that has been run once.
 
-# ruff: noqa: E402 -- jax reads its environment when it is imported
+jax and the package are imported where they are used: the process that only hands tests to others
+needs neither, and the others start when it has read this file.
+"""
 
 import gc
 import json
@@ -9,6 +11,9 @@ import random
 import uuid
 from importlib.metadata import version
 from pathlib import Path
+
+import filelock
+import pytest
 
 from tests import compilation_cache
 
@@ -30,18 +35,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["RLHFJAX_RATES"] = "off"  # what tests measure says nothing about runs
 compilation_cache.use()
-
-import filelock
-import jax
-import pytest
-
 gc.set_threshold(
     100_000, 50, 100
 )  # the heap is millions of objects of jax that stay: looking through it is slow
-
-from rlhfjax import paths, recipe
-from rlhfjax.config import to_dict
-from tests import gcs, tiny
 
 # a process may have 65,530 memory maps (vm.max_map_count); one module adds thousands
 MANY_MAPS = 20_000
@@ -56,6 +52,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax
+
         jax.clear_caches()
         gc.collect()
 
@@ -96,9 +94,21 @@ def write_conversations(folder: Path, sizes: dict[str, int] | None = None) -> Pa
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_dtype():
+    """Recipes compute in float32, whatever the CPU: `dtype="auto"` has its own tests."""
+    from rlhfjax import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "here", lambda: "float32")
+        yield
+
+
 @pytest.fixture
 def optimized():
     """Asked for by a test that looks at the compiled program, or computes for long."""
+    import jax
+
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -107,6 +117,8 @@ def optimized():
 @pytest.fixture(scope="session")
 def cloud():
     """Buckets, for this process and those that it starts; the URL of what serves them."""
+    from tests import gcs
+
     with pytest.MonkeyPatch.context() as patch, gcs.serve() as environment:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -116,6 +128,9 @@ def cloud():
 @pytest.fixture
 def bucket(cloud):
     """A new folder in a bucket."""
+    from rlhfjax import paths
+    from tests import gcs
+
     return paths.path(f"gs://{gcs.BUCKET}/{uuid.uuid4().hex}")
 
 
@@ -136,6 +151,10 @@ def conversations(shared) -> Path:
 @pytest.fixture(scope="session")
 def finished(conversations, shared) -> Path:
     """The workdir of the tiny recipe, run to its end once, by whichever worker needs it first."""
+    from rlhfjax import recipe
+    from rlhfjax.config import to_dict
+    from tests import tiny
+
     workdir, done = shared / "finished", shared / "finished.done"
     with filelock.FileLock(shared / "finished.lock"):
         if not done.exists():

@@ -124,8 +124,8 @@ DEFECTS = [
     d(
         2,
         "data/loader.py",
-        "examples.shifted(tokens, np.ones(len(tokens), np.float32))",
-        "examples.shifted(tokens, (tokens != tokenizer.eos_id).astype(np.float32))",
+        "counts = np.ones(len(tokens), np.float32)",
+        "counts = (tokens != tokenizer.eos_id).astype(np.float32)",
         "data/test_loader.py::test_pitfall_02_eos_is_a_target_that_counts",
     ),
     # 3: the reference (and whoever scores with it) forgets the temperature
@@ -175,12 +175,19 @@ DEFECTS = [
         "    top_k: int = 0\n    top_p: float = 1.0\n    stop_at_eos: bool = True",
         "test_pitfalls.py::test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate",
     ),
+    d(
+        4,
+        "rl/config.py",
+        "class PolicyConfig(TrainConfig, SamplingConfig):",
+        "class PolicyConfig(TrainConfig, ShapedSamplingConfig):",
+        "test_pitfalls.py::test_pitfall_04_a_policy_stage_cannot_be_asked_to_shape_its_samples",
+    ),
     # 5: the sampler computes in another dtype
     d(
         5,
         "sampling/generate.py",
-        "logits = model.logits(params, hidden)\n        token, logprob = choose(logits, u[step]",
-        "logits = model.logits(params, hidden.astype(jnp.bfloat16))\n        token, logprob = choose(logits, u[step]",
+        "logits = model.sampling_logits(params, hidden)\n        token, logprob = choose(logits, u[step]",
+        "logits = model.sampling_logits(params, hidden.astype(jnp.bfloat16))\n        token, logprob = choose(logits, u[step]",
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
@@ -268,8 +275,8 @@ DEFECTS = [
     d(
         8,
         "algos/shaping.py",
-        "return jnp.any((tokens == token_id) & (mask > 0), axis=1)",
-        "return jnp.any(tokens == token_id, axis=1)",
+        "return jnp.any(is_any(tokens, token_ids) & (mask > 0), axis=1)",
+        "return jnp.any(is_any(tokens, token_ids), axis=1)",
         "algos/test_shaping.py::test_pitfall_08_an_eos_in_the_padding_is_no_end",
     ),
     # 8: what follows the eos is in the entropy, or in the KL
@@ -624,9 +631,9 @@ DEFECTS = [
     d(
         20,
         "stages/ppo.py",
-        'hidden, logprobs, entropy = response_outputs(c, model, params["policy"], batch)',
+        "logprobs, entropy = outputs.logprobs, outputs.entropy",
         """r = batch.mask.shape[1]
-        hidden = response_hidden(
+        hidden, _ = response_hidden(
             model, params["policy"], batch.tokens, batch.attention_mask, r, key
         )
         logprobs, entropy = model.logprobs(
@@ -729,7 +736,7 @@ DEFECTS = [
     d(
         24,
         "data/template.py",
-        "pieces.append(Piece(part, token, learned=learned))",
+        "pieces.append(Piece(part, token, response=response))",
         "pieces.append(Piece(part, token))",
         "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
         "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
@@ -853,7 +860,7 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     ),
     d(
         30,
-        "data/loader.py",
+        "data/iterators.py",
         '        self._iterator.set_state(_as_tuples(state["rows"]))\n',
         "",
         "data/test_loader.py::test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch",
@@ -861,26 +868,25 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     # 30: all streams go on from where the first one stood
     d(
         30,
-        "data/loader.py",
+        "data/iterators.py",
         'state["rows"][j]',
         'state["rows"][0]',
         "data/test_shards.py::test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four",
     ),
-    # 31: the rows of Q and K as llama.cpp has them; those of K put back as if there were a key head
-    # a query head
+    # 31: the rows of Q and K as llama.cpp has them; only those of Q put back
     d(
         31,
         "interop/gguf.py",
-        ".reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2)",
-        "",
+        "return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)",
+        "return x",
         "interop/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
         "interop/test_gguf.py::test_half_split_by_hand",
     ),
     d(
         31,
         "interop/gguf.py",
-        '"attn_k.weight": "kv_heads"',
-        '"attn_k.weight": "n_heads"',
+        '_ROTATED = ("attention/query", "attention/key")',
+        '_ROTATED = ("attention/query",)',
         "interop/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
     ),
     # 32: no end; no save; an exit code that nobody starts again on; a stage without the loop that
@@ -939,7 +945,7 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     ),
     d(
         35,
-        "data/rows.py",
+        "data/columns.py",
         "not -_MOST_SCORE <= value <= _MOST_SCORE",
         'not abs(value) < float("inf")',
         "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
@@ -980,9 +986,16 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     d(
         35,
         "stages/evaluate.py",
-        "if config.temperature > 0:",
-        "if True:",
+        "return config.temperature > 0 and not config.is_shaped",
+        "return not config.is_shaped",
         "test_stage_evaluate.py::test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so",
+    ),
+    d(
+        35,
+        "stages/evaluate.py",
+        "return config.temperature > 0 and not config.is_shaped",
+        "return config.temperature > 0",
+        "test_stage_evaluate.py::test_pitfall_35_shaped_responses_have_no_kl_and_it_is_said",
     ),
     # 36: percentiles of resampled win rates; Wald's interval
     d(
@@ -1300,22 +1313,22 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     d(
         40,
         "data/mismatched.py",
-        "donor = self._source[self._donors[index]]",
+        "donor = self._source[int(self._donors[index])]",
         "donor = self._source[(index + len(self) // 2) % len(self)]",
         "test_stage_direct.py::test_pitfall_40_mismatched_answers_are_of_another_prompt",
     ),
     d(
         40,
         "data/mismatched.py",
-        "if len(groups) < 2:",
+        "if len(first) < 2:",
         "if len(keys) < 2:",
         "test_stage_direct.py::test_pitfall_40_one_prompt_alone_is_an_error",
     ),
     d(
         40,
         "data/mismatched.py",
-        'return tuple((turn["role"], turn["content"]) for turn in messages)',
-        'return row["prompt"]',
+        'turns = [[turn["role"], turn["content"]] for turn in messages]',
+        'turns = row["prompt"]',
         "test_stage_direct.py::test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt",
     ),
     # 41: the line is hashed; the whole prompt, of which another one is the beginning; in each stage
@@ -1323,7 +1336,7 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     d(
         41,
         "data/files.py",
-        "if whole or split_of(self._key_of(span, content, key)) == split:",
+        "if whole or split_of(self.reader.key_of(content, span, key)) == split:",
         "if whole or split_of(content) == split:",
         "data/test_sources.py::test_pitfall_41_a_prompt_is_in_one_split",
         "data/test_sources.py::test_pitfall_41_conversations_that_begin_alike_are_in_one_split",
@@ -1374,6 +1387,13 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     ),
     d(
         42,
+        "evals/text.py",
+        "len(words(run)) if _UNSPACED_CHARACTER.search(run) else 1",
+        "1",
+        "evals/test_text.py::test_pitfall_42_runs_between_blanks_where_there_are_blanks",
+    ),
+    d(
+        42,
         "algos/language.py",
         "return nll, jnp.sum(byte_lengths[targets] * mask)",
         "return nll, jnp.sum(byte_lengths[targets])",
@@ -1410,6 +1430,40 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
         "test_errors.py::test_pitfall_43_the_first_line_of_an_error_is_there_without_a_message",
         "test_errors.py::test_pitfall_43_hosts_that_cannot_be_joined_without_a_reason",
         "test_errors.py::test_pitfall_43_a_host_that_is_lost_without_a_reason",
+    ),
+    # ------------------------------------------------------------------ steps, exact KL
+    # 3: the KL over the vocabulary forgets the temperature
+    d(
+        3,
+        "models/logprobs.py",
+        "jax.nn.log_softmax(logits / temperature, axis=-1)",
+        "jax.nn.log_softmax(logits, axis=-1)",
+        "models/test_logprobs.py::test_kl_over_the_vocabulary_is_plain",
+        "test_exact_kl.py::test_the_metric_is_what_loops_give_and_training_does_not_know_of_it",
+    ),
+    # 17: the loss of steps is a mean of the microbatches' means
+    d(
+        17,
+        "algos/process.py",
+        '"loss": (total, count),',
+        '"loss": (divide(total, count), jnp.ones(())),',
+        "test_stage_process_reward.py::test_pitfall_17_solutions_of_unequal_length_accumulate_exactly",
+    ),
+    # 34: the KL of close models is a difference of rounded logsumexps
+    d(
+        34,
+        "models/logprobs.py",
+        "(p * (log_p - log_q) + (q - p)).sum(-1)",
+        "(p * (log_p - log_q)).sum(-1)",
+        "models/test_logprobs.py::test_pitfall_34_the_kl_of_models_that_are_close_is_not_rounding",
+    ),
+    # 39: a step that was cut off keeps its label, at a token of another step
+    d(
+        39,
+        "data/steps.py",
+        "position = len(kept_prompt) + end",
+        "position = min(len(kept_prompt) + end, length - 1)",
+        "data/test_steps.py::test_pitfall_39_steps_that_were_cut_off_have_no_label",
     ),
 ]
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rlhfjax import capacity, process, recipe
+from rlhfjax import capacity, device_bytes, process, recipe
 from rlhfjax.chat import Chat
 from rlhfjax.config import to_dict
 from rlhfjax.data.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ SHAPE = TransformerConfig(
 
 @pytest.fixture
 def laptop(monkeypatch):
-    monkeypatch.setattr(capacity, "devices_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(device_bytes, "devices_memory", lambda: 4 * GIB)
 
 
 def validate(tmp_path, stage, changes):
@@ -90,10 +90,10 @@ def test_what_is_finished_needs_nothing(laptop, tmp_path):
 
 
 def test_a_recipe_passes_where_there_is_enough_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(capacity, "devices_memory", lambda: 1e5)
+    monkeypatch.setattr(device_bytes, "devices_memory", lambda: 1e5)
     with pytest.raises(ConfigError, match=r"^pretrain: needs at least"):
         validate(tmp_path, "pretrain", {})
-    monkeypatch.setattr(capacity, "devices_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(device_bytes, "devices_memory", lambda: 4 * GIB)
     validate(tmp_path, "pretrain", {})
 
 
@@ -136,14 +136,14 @@ def test_the_least_bytes_by_hand():
 
 
 def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path, monkeypatch):
-    whole = capacity.devices_memory()
+    whole = device_bytes.devices_memory()
     assert whole is not None and whole > GIB / 4
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(capacity, "_CONTAINER", (str(limit), "/no/such/file"))
+    monkeypatch.setattr(device_bytes, "_CONTAINER", (str(limit), "/no/such/file"))
     limit.write_text("max\n")
-    assert capacity.devices_memory() >= whole
+    assert device_bytes.devices_memory() >= whole
     limit.write_text("123456789\n")
-    assert capacity.devices_memory() == 123456789
+    assert device_bytes.devices_memory() == 123456789
 
 
 class NoTokenizer(Tokenizer):

@@ -1,6 +1,7 @@
 """A conversation in the terminal, with the tiny recipe's model."""
 
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlhfjax import chat_terminal, json_text
-from rlhfjax.chat import Chat, decode_stream
+from rlhfjax.chat import Chat, Prompt, decode_stream
 from rlhfjax.chat_settings import Options, choose_settings, shown_settings
 from rlhfjax.chat_terminal import Screen, Session
 from rlhfjax.data.chat import render_prompt
@@ -73,6 +74,33 @@ def test_the_pieces_make_the_answer_that_generate_gives(saved):
         answer = tokenizer.decode(out.tokens[0][out.mask[0] > 0].tolist())
         assert "".join(pieces) == answer and answer
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
+
+
+def test_a_growing_conversation_compiles_few_programs_and_gives_the_same_tokens(
+    saved, monkeypatch
+):
+    """Prompts of 8 to 240 tokens: five prefills, two decode steps, and the tokens of `generate`."""
+    monkeypatch.setattr("rlhfjax.chat.BUCKET", 16)
+    monkeypatch.setattr("rlhfjax.chat.ENTRIES", 64)
+    config = dataclasses.replace(saved.model.config, max_length=256)
+    model = dataclasses.replace(saved.model, config=config)
+    # Its package has a function of the same name.
+    streaming = importlib.import_module("rlhfjax.sampling.generate")
+    programs = (streaming._prefill, streaming._decode, streaming._next_token)
+    before = [program._cache_size() for program in programs]
+    talk = start(dataclasses.replace(saved, model=model))
+    for length in (8, 15, 17, 33, 70, 100, 140, 200, 240):
+        ids = np.arange(length, dtype=np.int32) % 50 + 10
+        monkeypatch.setattr(talk, "prompt", lambda ids=ids: Prompt(ids))
+        tokens = list(talk._sampled())
+        if length in (17, 140, 240):
+            rows = (jnp.asarray(ids)[None], jnp.ones((1, length), jnp.int32))
+            key = jax.random.fold_in(jax.random.key(0), talk._turns - 1)[None]
+            out = whole(model, saved.params, *rows, key, settings(saved))
+            expected = out.tokens[0][out.mask[0] > 0].tolist()
+            assert tokens == [id for id in expected if id != saved.tokenizer.eos_id]
+    after = [program._cache_size() for program in programs]
+    assert np.subtract(after, before).tolist() == [5, 2, 1]
 
 
 def test_temperature_zero_is_deterministic_and_above_it_the_seed_decides(saved):
@@ -143,7 +171,7 @@ def test_a_long_conversation_loses_its_oldest_turns_whole(saved):
 def test_a_prompt_is_padded_on_the_left_to_a_few_lengths(saved, finished):
     talk = start(dataclasses.replace(saved, model=longer(saved.model)))
     lengths = {len(talk_prompt(talk, "tea " * n)[0]) for n in range(1, 40)}
-    assert lengths == {32, 64, 128}
+    assert lengths == {64, 128}
     tokens, segments = talk_prompt(talk, "tea")
     assert segments[-1] == 1 and segments[0] == 0 and (np.diff(segments) >= 0).all()
     assert (tokens[segments == 0] == talk.tokenizer.pad_id).all()
@@ -219,6 +247,13 @@ def test_commands_change_the_sampler(saved):
     _, notes = converse(
         talk, "/temperature 0.5\n/top_k 3\n/min_p 0.1\n/max_new_tokens 5\n/top_p\n"
     )
+    _, stops = converse(talk, "/repetition_penalty 1.2\n/stop a\\nb\n/stop -\n")
+    assert [note.partition("max_new_tokens=5")[2] for note in stops[1:]] == [
+        " stop='a\\nb')",
+        ")",
+    ]
+    assert talk.sampling.repetition_penalty == 1.2
+    talk.set_sampling(repetition_penalty=1.0)
     assert notes[-1] == "(temperature=0.5 top_k=3 min_p=0.1 max_new_tokens=5)"
     assert (talk.sampling.top_k, talk.sampling.temperature) == (3, 0.5)
     before = talk.sampling
@@ -279,13 +314,29 @@ def test_what_is_left_out_is_said(saved):
     assert [note for note in notes if "its beginning is left out" in note] == notes[-1:]
 
 
+def test_a_stop_text_ends_a_response_at_once_and_is_not_part_of_it(saved):
+    whole = say(start(saved, max_new_tokens=12), "tea")
+    stop = whole[len(whole) // 2 :][:2]
+    talk = start(saved, max_new_tokens=12)
+    talk.set_sampling(stop=(stop, "never said"))
+    out, _ = converse(talk, "tea\n/tokens\n")
+    expected = whole[: whole.index(stop)]
+    assert "\n".join(out) == visible(expected)
+    assert talk.messages[-1] == {"role": "assistant", "content": expected}
+    assert talk.last.end == "stop" and talk.last.tokens < 12
+    talk.reset()
+    talk.set_sampling(stop=(whole[:1],))
+    assert converse(talk, "tea\n")[1][-1] == "(an empty response)"
+    assert talk.messages[-1]["content"] == ""
+
+
 def test_a_stop_id_ends_a_response_and_is_not_part_of_it(saved):
     whole = start(saved)
     whole.messages = [{"role": "user", "content": "tea"}]
     ids = list(whole._sampled())
     assert len(ids) == 6 and whole.last.end == "max_new_tokens"
     talk = start(saved)
-    talk._stop_ids = frozenset(ids[2:3])
+    talk.set_sampling(extra_eos_ids=(ids[2],))
     first = ids.index(ids[2])
     assert say(talk, "tea") == talk.tokenizer.decode(ids[:first])
     assert (talk.last.end, talk.last.tokens) == ("eos", first + 1)
@@ -362,19 +413,25 @@ def test_defaults_are_the_models_own_settings_then_ours(saved, tmp_path):
         "top_p": 0,
         "max_new_tokens": 2048,
         "repetition_penalty": 1.1,
-        "eos_token_id": [7, 2],
+        "stop_strings": ["User:"],
+        "num_beams": 2,
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     chosen = choose_settings(f"hf:{tmp_path}", opened, Options())
     assert shown_settings(chosen.sampling) == (
-        "temperature=0.6 top_p=0.5 max_new_tokens=16"
+        "temperature=0.6 top_p=0.5 repetition_penalty=1.1 max_new_tokens=16 stop='User:'"
     )
-    assert chosen.stop_ids == {7, 2}
     assert chosen.notes == [
-        "not applied of generation_config.json: repetition_penalty=1.1, top_p=0.0"
+        "not applied of generation_config.json: num_beams=2, top_p=0.0"
     ]
+    flags = Options(repetition_penalty=1.3, min_p=0.1, stop=["a", "b"])
+    given = choose_settings(f"hf:{tmp_path}", opened, flags).sampling
+    assert (given.repetition_penalty, given.min_p) == (1.3, 0.1)
+    assert given.stop == ("a", "b")
     with pytest.raises(ConfigError, match=r"^--top_p=2.0: must be > 0 and <= 1"):
         choose_settings("runs/x", opened, Options(top_p=2.0))
+    with pytest.raises(ConfigError, match=r"^--stop='': must not be empty"):
+        choose_settings("runs/x", opened, Options(stop=[""]))
     with pytest.raises(ConfigError, match=r"^--max_new_tokens=32: must be less than"):
         choose_settings("runs/x", opened, Options(max_new_tokens=32))
 

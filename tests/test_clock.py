@@ -90,6 +90,7 @@ def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_los
     )
     assert sum(again.seconds.values()) == 220 - 100
     assert again.summary()["goodput"] == 24 / 120
+    assert again.worked() == 20 + 20  # without the 80 s between the two starts
     again.save()
     assert json.loads((tmp_path / clocks.FILE).read_text())["goodput"] == 24 / 120
 

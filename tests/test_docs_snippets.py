@@ -1,7 +1,6 @@
 """The Python files that docs/ has a reader write do what the pages say; links lead somewhere."""
 
 import importlib
-import json
 import re
 import runpy
 import sys
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from rlhfjax import __version__
-from rlhfjax.data.sources import open_source
 from rlhfjax.stages import group
 from tests import doc_commands
 
@@ -82,16 +80,6 @@ def test_the_rules_of_extending(written):
     assert rules.short("", " ".join(["word"] * 20), {}) == 0.5
     assert rules.correct("", "It is 42.", {"answer": 42}) == 1.0
     assert rules.correct("", "It is 41.", {"answer": 42}) == 0.0
-
-
-def test_pairs_become_preferences(written):
-    folder = written("docs/extending.md")
-    pair = {"prompt": "Hi!", "chosen": "Hello.", "rejected": "What?"}
-    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    runpy.run_path("pairs.py")
-    row = open_source("jsonl:preferences.jsonl", kind="preferences", split="all")[0]
-    assert row["prompt"] == "Hi!" and row["completions"] == ["Hello.", "What?"]
-    assert row["scores"] == [1.0, 0.0]
 
 
 def test_an_estimator_of_ones_own(written):

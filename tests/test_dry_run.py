@@ -9,6 +9,7 @@ import pytest
 from rlhfjax import dry_run, experiment, paths, recipe
 from rlhfjax import main as command_line
 from rlhfjax.config import to_dict
+from rlhfjax.data import kept
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.rerun import Choice
 from rlhfjax.stages import stage_config
@@ -132,3 +133,17 @@ def test_one_stage_and_a_dataset_that_is_not_there_yet(tmp_path, capsys):
     assert rows["tokenizer"] == "runs"
     assert "not there yet; the run prepares it in" in " ".join(rows[""].split())
     assert not files(tmp_path)
+
+
+def test_a_large_file_is_indexed_by_the_run_and_not_by_a_dry_run(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(kept, "SMALL", 10)
+    monkeypatch.chdir(tmp_path)  # short names: the table cuts long ones
+    (tmp_path / "x.csv").write_text("text\n" + "the cat\n" * 9)
+    source = {"spec": "x.csv", "data_dir": "data"}
+    config = stage_config("tokenizer", sources=(source,), vocab_size=300)
+    before = files(tmp_path)
+    rows = show(config, tmp_path / "run", capsys)
+    assert "not indexed yet; the run does so in" in " ".join(rows[""].split())
+    assert files(tmp_path) == before

@@ -9,7 +9,7 @@ import pytest
 
 import rlhfjax
 from rlhfjax import hosts
-from rlhfjax.errors import HostLost, first_line, install
+from rlhfjax.errors import ConfigError, HostLost, first_line, install
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,13 @@ def test_extras_that_errors_name_exist():
         named |= set(re.findall(r"""\binstall\(["'](\w+)["']\)""", text))
     assert {"gcs", "gguf", "wandb"} <= named
     assert named <= project["project"]["optional-dependencies"].keys()
+
+
+def test_the_middle_of_a_message_that_repeats_a_long_name_is_left_out():
+    error = ConfigError(f"rule {'x' * 5000!r}: expected MODULE:FUNCTION")
+    assert len(str(error)) == 1000 and str(error).count("…") == 1
+    assert str(error).startswith("rule 'xxx")
+    assert str(error).endswith("xxx': expected MODULE:FUNCTION")
+    assert str(ConfigError("x" * 1000)) == "x" * 1000
+    several = "x" * 1001 + "\ny"
+    assert str(ConfigError(several)) == several

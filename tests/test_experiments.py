@@ -272,7 +272,7 @@ def arguments_of(path: Path) -> dict[str, Any]:
     return declared
 
 
-TEXTS = {"run"}  # arguments that may be any text: folders
+TEXTS = {"run", "model"}  # arguments that may be any text: folders, names of models
 
 
 @pytest.mark.parametrize(

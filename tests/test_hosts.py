@@ -125,6 +125,7 @@ def test_one_process_is_first_and_alone_and_needs_no_coordinator():
     hosts.join()
     assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
     assert hosts.share(lambda: "made") == "made"
+    assert hosts.share_all(lambda: "made") == ["made"]
     assert hosts.anywhere(True) and not hosts.anywhere(False)
     assert hosts.gather({"a": [1]}) == [{"a": [1]}]
     vote = hosts.Vote()

@@ -1,6 +1,9 @@
 """No module of rlhfjax imports itself through others, not even where it does so late."""
 
 import ast
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from tests.sources import tree
 
 ROOT = Path(rlhfjax.__file__).parent
 # They import what the user or an extra has.
-FOREIGN = {"rlhfjax.trackers", "rlhfjax.user_code"}
+FOREIGN = {"rlhfjax.data.hf_arrow", "rlhfjax.trackers", "rlhfjax.user_code"}
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -151,3 +154,47 @@ def package(folder: Path, *, a: str, b: str, c: str) -> None:
     texts = {"__init__": "", "a": a, "c": c, "deep/__init__": "", "deep/b": b}
     for name, text in texts.items():
         (folder / "toy" / f"{name}.py").write_text(text)
+
+
+# What a start must not import before it is needed: modules that take long, by the first module that
+# a start imports. The starts are in one process, each importing more than the one before it.
+LATE = {
+    "rlhfjax.main": ["jax", "numpy", "pydantic", "rich", "ml_collections"],
+    "rlhfjax.chat_terminal": [
+        *(
+            "grain",
+            "pyarrow",
+            "rlhfjax.rewards",
+            "rlhfjax.stages",
+            "rlhfjax.data.loader",
+        ),
+        *("rlhfjax.data.sources", "rlhfjax.train", "rlhfjax.report"),
+    ],
+    "rlhfjax.recipe": [
+        *("tensorflow_datasets", "jax.experimental.pallas", "matplotlib", "scipy"),
+        *(
+            "pandas",
+            "tensorboardX",
+            "wandb",
+            "gguf",
+            "datasets",
+            "gcsfs",
+        ),
+        *("rlhfjax.plan.compiler", "rlhfjax.corpus", "rlhfjax.sweep"),
+    ],
+}
+
+
+def test_a_start_imports_nothing_heavy_that_it_does_not_need():
+    code = f"""
+import importlib, json, sys
+late, found = {LATE!r}, dict()
+for start in late:
+    importlib.import_module(start)
+    rest = list(late)[list(late).index(start):]
+    found[start] = [name for key in rest for name in late[key] if name in sys.modules]
+print(json.dumps(found))
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {start: [] for start in LATE}

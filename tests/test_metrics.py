@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from rlhfjax import metrics
+from rlhfjax import metrics, progress
 
 
 def test_finalize_divides_once_and_omits_what_was_not_observed():
@@ -172,7 +172,7 @@ class Clock:
 
 def test_progress_prints_plain_lines_at_a_bounded_rate():
     stream, clock = io.StringIO(), Clock()
-    with metrics.Progress(
+    with progress.Progress(
         100, "tok", title="sft", stream=stream, interval=10, clock=clock
     ) as p:
         for step in range(1, 101):
@@ -188,7 +188,7 @@ def test_progress_prints_plain_lines_at_a_bounded_rate():
 
 def test_progress_of_a_resumed_run_does_not_count_the_steps_before():
     stream, clock = io.StringIO(), Clock()
-    p = metrics.Progress(100, stream=stream, interval=0, start=90, clock=clock)
+    p = progress.Progress(100, stream=stream, interval=0, start=90, clock=clock)
     for step in (91, 92):
         clock.now += 2.0
         p.update(step)
@@ -197,8 +197,8 @@ def test_progress_of_a_resumed_run_does_not_count_the_steps_before():
 
 def test_progress_of_a_recipe_has_the_time_of_later_stages_if_it_is_known():
     stream, clock = io.StringIO(), Clock()
-    with metrics.followed_by(100.0):
-        p = metrics.Progress(100, stream=stream, interval=0, clock=clock)
+    with progress.followed_by(100.0):
+        p = progress.Progress(100, stream=stream, interval=0, clock=clock)
         for step in (1, 2):
             clock.now += 1.0
             p.update(step)
@@ -215,7 +215,7 @@ def test_progress_on_a_terminal_stays_on_one_line():
             return True
 
     stream = Terminal()
-    with metrics.Progress(4, title="ppo", stream=stream) as p:
+    with progress.Progress(4, title="ppo", stream=stream) as p:
         for step in range(1, 5):
             p.update(step, {"ppo/loss": 1.0, "ppo/reward": 0.25}, count=1)
         p.print("a note [not markup]")
@@ -233,7 +233,7 @@ def test_progress_on_a_terminal_stays_on_one_line():
     ],
 )
 def test_headline_prefers_the_reward(metrics_, text):
-    assert metrics.headline(metrics_) == text
+    assert progress.headline(metrics_) == text
 
 
 @pytest.mark.parametrize(
@@ -241,4 +241,4 @@ def test_headline_prefers_the_reward(metrics_, text):
     [(9.4, "9s"), (185, "3m05s"), (59.6, "1m00s"), (7620, "2h07m"), (math.inf, "-")],
 )
 def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert progress.duration(seconds) == text

@@ -96,7 +96,7 @@ def without_meaning(names: dict[str, type]) -> list[str]:
 
 def test_every_option_of_the_shared_configs_has_a_meaning():
     shared = {name: cls for name, cls in CONFIGS.items() if name.startswith(CONVERTED)}
-    assert len(shared) == 7
+    assert len(shared) == 8
     assert without_meaning(shared) == []
 
 

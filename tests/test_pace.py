@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhfjax import metrics, pace, recipe
+from rlhfjax import pace, progress, recipe
 from rlhfjax.pace import Work
 from rlhfjax.stages import stage_config
 from tests.test_recipe import jobs, two
@@ -177,7 +177,7 @@ def test_the_file_is_in_the_home_or_nowhere(monkeypatch):
     ],
 )
 def test_an_estimate_is_rounded(seconds, text):
-    assert metrics.about(seconds) == text
+    assert progress.about(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 from etils import epath
 
-from rlhfjax import paths
+from rlhfjax import paths, patterns
 from rlhfjax.errors import ConfigError, DataError
 from tests import gcs
 
@@ -164,6 +164,18 @@ def test_glob_finds_files_in_order(root, pattern, found):
     assert [
         str(one.relative_to(root)) for one in paths.glob(f"{root}/{pattern}")
     ] == found
+
+
+@pytest.mark.parametrize("pattern", ["**/x", "?/**", "*/*/*"])
+def test_a_glob_that_looks_into_too_many_folders_is_one_line(
+    pattern, tmp_path, monkeypatch
+):
+    fill(tmp_path, *(f"{i}/{i}/x" for i in range(6)))
+    assert len(paths.glob(f"{tmp_path}/{pattern}")) in (0, 6)
+    monkeypatch.setattr(patterns, "MOST_FOLDERS", 5)
+    with pytest.raises(DataError, match=r"more than 5 folders to look into; begin"):
+        paths.glob(f"{tmp_path}/{pattern}")
+    assert paths.glob(f"{tmp_path}/[1]/1/*") == [tmp_path / "1/1/x"]
 
 
 def test_glob_knows_the_home_folder(tmp_path, monkeypatch):

@@ -121,6 +121,18 @@ def test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate(name, option):
         recipe.check(values | option, name)
 
 
+@pytest.mark.parametrize("name", POLICY_STAGES)
+@pytest.mark.parametrize(
+    "option", [{"min_p": 0.1}, {"repetition_penalty": 1.1}, {"stop": ("a",)}]
+)
+def test_pitfall_04_a_policy_stage_cannot_be_asked_to_shape_its_samples(name, option):
+    options = {"init_from": "x", "prompt_length": 8, "max_new_tokens": 8}
+    options |= {"reward": "y", "batch_size": 8, "steps": 1}
+    values = to_dict(stages.stage_config(name, **options))
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        recipe.check(values | option, name)
+
+
 # ------------------------------------------------------------------ 6: the ids that were sampled
 
 

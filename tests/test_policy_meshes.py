@@ -14,7 +14,7 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rl import rollout
+from rlhfjax.rl import placement, rollout
 from rlhfjax.rl.config import validate_policy
 from rlhfjax.stages import ppo
 from tests.test_stages import run_steps, stage_values
@@ -58,7 +58,7 @@ def test_ppo_with_rollouts_on_another_mesh_is_ppo(
         laid.append((str(query.sharding.spec), str(prompts.sharding.spec)))
         return sample(model, params, prompts, *args, **options)
 
-    monkeypatch.setattr(rollout, "sample", spy)
+    monkeypatch.setattr(placement, "sample", spy)
     values = stage_values("ppo", conversations, finished, rollout_mesh=THERE)
     assert_same(
         alone,
@@ -67,6 +67,30 @@ def test_ppo_with_rollouts_on_another_mesh_is_ppo(
         ),
     )
     assert set(laid) == {("P(None, 'tensor', None)", "P(('replica', 'data', 'fsdp'),)")}
+
+
+@pytest.mark.slow
+def test_ppo_with_rollouts_in_the_decode_layout_is_ppo(
+    alone, conversations, finished, monkeypatch
+):
+    """Trained by FSDP over four devices, sampled with heads and MLP over two of them each.
+
+    Held-out responses too: the weights go there once per evaluation.
+    """
+    laid = []
+    sample = rollout.sample
+
+    def spy(model, params, prompts, *args, **options):
+        up = params["backbone"]["layers"]["layer_0"]["mlp"]["up"]["kernel"]
+        laid.append((str(up.sharding.spec), str(prompts.sharding.spec)))
+        return sample(model, params, prompts, *args, **options)
+
+    monkeypatch.setattr(placement, "sample", spy)
+    decode = {"rollout_layout": "decode", "rollout_tensor": 2}
+    values = stage_values("ppo", conversations, finished, **decode)
+    four = make_layout(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    assert_same(alone, run_steps("ppo", values, four))
+    assert set(laid) == {("P(None, 'decode')", "P(('replica', 'data', 'fsdp'),)")}
 
 
 def devices_of(tree):
@@ -146,6 +170,29 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
             match=f"ppo.{other}: must be None with lora, whose models share one base",
         ):
             validate_policy(recipe.check(lora, "ppo"), ONE, None)
+    for changes, message in (
+        (
+            {"rollout_layout": "decode", "lora": {"rank": 2}},
+            "auto or training with lora",
+        ),
+        (
+            {"rollout_layout": "decode", "rollout_mesh": {}},
+            "must be auto with a rollout_mesh",
+        ),
+        ({"rollout_tensor": 2}, 'rollout_tensor=2: needs rollout_layout="decode"'),
+        (
+            {"rollout_int8": "all", "behavior_logprobs": "forward"},
+            'rollout_int8=.all.: needs behavior_logprobs="sampler"',
+        ),
+        (
+            {"rollout_int8": "cache", "rollout_mesh": {}},
+            'must be "none" with a rollout',
+        ),
+        ({"rollout_cache_parts": 2, "decode_batch": 4}, "must be 1 with window layers"),
+    ):
+        wrong = stage_values("ppo", conversations, finished, **changes)
+        with pytest.raises(ConfigError, match=message):
+            validate_policy(recipe.check(wrong, "ppo"), ONE, None)
     three = make_layout(MeshConfig(), jax.devices()[:3])
     wide = recipe.check(
         stage_values("ppo", conversations, finished, rollout_mesh={"data": 3}), "ppo"
@@ -154,7 +201,9 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         ConfigError,
         match=r"ppo.batch_size, over rollout_mesh,=\d+ is not divisible by the 3 devices",
     ):
-        rollout.make_sampler(wide, three, Model(optimum.SHAPE), rollout.TokenIds(2, 0))
+        placement.make_sampler(
+            wide, three, Model(optimum.SHAPE), rollout.TokenIds(2, 0)
+        )
     values = stage_values(
         "ppo", conversations, finished, frozen_mesh={"devices": "0:3"}
     )

@@ -76,6 +76,29 @@ def test_a_recipe_whose_references_are_there_starts(config, tmp_path, started):
     assert len(started) == len(tiny.STAGES)
 
 
+@pytest.mark.parametrize(
+    ("reward", "is_model"),
+    [
+        ({"kind": "compose", "combine": "pessimistic"}, True),
+        ({"kind": "compose", "combine": "sum"}, False),
+        ({"kind": "dense", "model": "stage:reward"}, True),
+    ],
+)
+def test_a_value_function_starts_from_any_reward_that_is_a_model(
+    reward, is_model, config, tmp_path, started
+):
+    """An ensemble too: from its first member."""
+    if reward["kind"] == "compose":
+        reward["members"] = [{"reward": "stage:reward"}, {"reward": "stage:reward"}]
+    config["ppo"]["reward"] = reward
+    if is_model:
+        recipe.run(config, tmp_path / "run")
+        assert len(started) == len(tiny.STAGES)
+    else:
+        message = refused(config, tmp_path / "run", started)
+        assert "is no model to start from" in message
+
+
 REWARDS = "expected gold:NAME, rule:MODULE:FUNCTION, or the workdir of a stage"
 LM, SCALAR = "a language model", "a reward model"
 
@@ -210,8 +233,23 @@ LM, SCALAR = "a language model", "a reward model"
         ),
         (
             "sft.sources.0.spec",
-            "json:x",
-            ("sft.sources[0].spec=json:x: expected tfds:NAME",),
+            "xml:x",
+            ("sft.sources[0].spec=xml:x: expected tfds:NAME",),
+        ),
+        (
+            "sft.sources.0.spec",
+            "x*.parquet",
+            ("sft.sources[0].spec=x*.parquet: no file matches",),
+        ),
+        (
+            "reward.preferences.0",
+            "csv:x",
+            ("reward.preferences[0]=x: no file matches",),
+        ),
+        (
+            "reward.preferences.0",
+            "pairs.txt",
+            ("reward.preferences[0]=pairs.txt: expected a folder with a dataset",),
         ),
         (
             "sft.sources.0.spec",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhfjax import recipe, renamed, stages
+from rlhfjax import claims, renamed, stages
 from rlhfjax.config import build
 from rlhfjax.data.rows import normalize
 from rlhfjax.errors import ConfigError
@@ -68,12 +68,12 @@ def test_a_workdir_of_old_names_is_resumed_and_reported(tmp_path, in_recipe):
         new = {"stages": ["slots"], "slots": NEW}
     (tmp_path / "config.json").write_text(json.dumps(old))
     (tmp_path / "metrics.jsonl").write_text("")
-    recipe.compare(tmp_path, new)
+    claims.compare(tmp_path, new)
     (stage,) = read_run(tmp_path).stages
     assert stage.config == NEW
     changed = json.loads(json.dumps(new).replace(": 8", ": 9"))
     with pytest.raises(ConfigError, match="max_new_tokens: 8 -> 9"):
-        recipe.compare(tmp_path, changed)
+        claims.compare(tmp_path, changed)
 
 
 def test_the_stage_of_a_workdir_with_an_old_name(tmp_path):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax import recipe, stages
+from rlhfjax import clock, recipe, stages
 from rlhfjax.errors import Preempted
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
@@ -152,8 +152,13 @@ def test_sigterm_saves_at_that_step_and_the_run_goes_on_to_the_same_bits(
     assert (
         signal.getsignal(signal.SIGTERM) == handler
     )  # the loop's own is gone with the loop
+    first = sum(clock.read(tmp_path / "run")["seconds"].values())
     recipe.run_stage(values, tmp_path / "run")
     assert_same_stage(reference, tmp_path / "run")
+    # The time that the report shows is that of both starts.
+    kept = clock.read(tmp_path / "run")["seconds"]
+    took = recipe.read_done(tmp_path / "run")["seconds"]
+    assert took >= sum(kept.values()) - kept["restart"] - 0.1 > first
 
 
 def recipe_folder(finished: Path, name: str) -> Path:
@@ -222,13 +227,13 @@ class Run:
         )
 
 
-FIVE = ("pretrain", "collect", "reward", "ppo", "evaluate")
+SOME = ("pretrain", "collect", "ppo")  # of each kind of stage: one
 
 
 @pytest.mark.parametrize(
     "killed, twice",
     [
-        pytest.param(FIVE, False, marks=pytest.mark.slow, id="five"),
+        pytest.param(SOME, False, marks=pytest.mark.slow, id="three"),
         pytest.param(tiny.STAGES, True, marks=pytest.mark.nightly, id="ten"),
     ],
 )
@@ -265,7 +270,7 @@ def test_kills_in_many_stages_change_no_bit(
             if run.process.poll() is None:
                 kill()
     run.start().finish()
-    assert len(struck) >= (10 if twice else 5)
+    assert len(struck) >= (10 if twice else len(killed))
     assert set(struck) >= set(killed), f"struck only {struck}"
     assert_same_run(finished, run.workdir)
 

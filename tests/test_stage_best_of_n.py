@@ -126,7 +126,8 @@ def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path)
     metrics = recipe.run_stage(
         values(conversations, finished, gold="", pool=2), tmp_path / "run"
     )
-    names = ("proxy", "kl", "kl_pool", "prompts_cut")
+    names = ["proxy", "kl", "kl_pool", "prompts_cut"]
+    names += ["data_skipped_rows", "data_merged_turns"]
     assert metrics.keys() == {f"best_of_n/{name}" for name in names}
 
 

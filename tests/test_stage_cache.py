@@ -1,10 +1,11 @@
 """The cache of finished stages: what is taken from it, and what is not."""
 
+import datetime
 import logging
 
 import pytest
 
-from rlhfjax import recipe, stage_cache, trackers
+from rlhfjax import recipe, stage_cache, template_date, trackers
 from rlhfjax.stage_cache import Cache
 from tests.test_recipe import jobs, two
 
@@ -72,6 +73,21 @@ def test_inputs_count_by_their_content(tmp_path, ran):
     assert ran == ["00_a", "01_b", "01_b"]
 
 
+@pytest.mark.parametrize(
+    "spec", ["jsonl:{}/{{split}}.jsonl", "{}/*.csv", "csv:{}/x.csv"]
+)
+def test_files_of_every_format_count_by_their_content(tmp_path, spec):
+    spec = spec.format(tmp_path)
+    keys = []
+    for content in ("a", "b", "a"):
+        for name in ("train.jsonl", "x.csv"):
+            (tmp_path / name).write_text(content)
+        keys.append(stage_cache._identified({"spec": spec}, {}))
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+    with pytest.raises(stage_cache.NoKey, match="what the hub has may change"):
+        stage_cache._identified({"spec": "hf-dataset:a/b"}, {})
+
+
 def test_the_cache_keeps_no_wandb_run(tmp_path):
     (tmp_path / "w" / "wandb").mkdir(parents=True)
     for name in (trackers.ID, "wandb/run.log", "metrics.jsonl"):
@@ -133,3 +149,31 @@ def test_code_from_outside_has_no_key_nor_has_what_reads_from_it(tmp_path, confi
     assert cache.key(config, tmp_path / "01_b") is None
     config = {"stage": "tokenizer", "vocab_size": 300}
     assert cache.key(config, tmp_path / "02_c") is not None
+
+
+def test_a_stage_whose_template_writes_the_date_is_of_its_day(tmp_path, monkeypatch):
+    """On another day it is computed again, and so is the stage that reads from it."""
+    ran = []
+
+    def dated(config, workdir, layout):
+        ran.append(workdir.name)
+        if workdir.name == "00_a":
+            template_date.written(template_date.now(), "%d %b %Y")
+        return {"x": 1.0}
+
+    jobs(monkeypatch, [])
+    monkeypatch.setattr(recipe.references, "validate", lambda *_: None)
+    monkeypatch.setattr(recipe.stages.find("tokenizer"), "run", dated)
+    values = sources(tmp_path)
+    (tmp_path / "data.txt").write_text("text")
+
+    def run(day, name):
+        ran.clear()
+        with template_date.pinned(datetime.datetime(2026, 11, day)):
+            recipe.run(values, tmp_path / name, cache=tmp_path / "cache")
+        return ran
+
+    assert run(1, "x") == ["00_a", "01_b"]
+    assert run(1, "y") == []
+    assert run(2, "z") == ["00_a", "01_b"]
+    assert run(2, "w") == []

@@ -111,6 +111,41 @@ def test_answers_of_a_fixed_length_cut_at_a_token(conversations, finished, tmp_p
     assert short == cut != whole
 
 
+def test_responses_end_before_a_stop_text(conversations, finished, tmp_path):
+    """The stored ids and texts are those of the whole responses, cut before the first stop text."""
+    before = collected(conversations, finished, tmp_path / "a")[1]
+    texts = [text for row in before for text in row["completions"]]
+    stop = Counter(text[2:4] for text in texts if len(text) > 4).most_common(1)[0][0]
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    after = collected(conversations, finished, tmp_path / "b", stop=(stop, "never"))[1]
+    cut = [text.partition(stop)[0] for text in texts]
+    assert [text for row in after for text in row["completions"]] == cut != texts
+    for row, old in zip(after, before, strict=True):
+        spelled = [
+            tokenizer.decode(answer.tolist()) for answer in row["completion_tokens"]
+        ]
+        assert spelled == row["completions"]
+        for answer, whole, text in zip(
+            ids(row)[1:], ids(old)[1:], old["completions"], strict=True
+        ):
+            assert stop in text or answer == whole
+    with pytest.raises(ConfigError, match=r"collect.stop: a text must not be empty"):
+        collected(conversations, finished, tmp_path / "c", stop=("",))
+
+
+def test_min_p_and_the_penalty_change_what_is_collected(
+    conversations, finished, tmp_path
+):
+    """min_p 1 leaves the likeliest token alone, so that all responses to a prompt are equal."""
+    rows = collected(conversations, finished, tmp_path / "a", min_p=1.0)[1]
+    assert all(len({tuple(answer) for answer in ids(row)[1:]}) == 1 for row in rows)
+    penalty = {"min_p": 1.0, "repetition_penalty": 1e4, "stop_at_eos": False}
+    rows = collected(conversations, finished, tmp_path / "b", **penalty)[1]
+    for row in rows:
+        prompt, answer, *_ = ids(row)
+        assert len({*prompt, *answer}) == len({*prompt}) + len(answer)
+
+
 def piece(finished, token):
     model = sentencepiece.SentencePieceProcessor(
         model_file=str(finished / "00_tokenizer" / "tokenizer.model")

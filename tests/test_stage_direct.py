@@ -38,7 +38,8 @@ from rlhfjax.stages import direct, stage_config
 from rlhfjax.supervised import language_loss
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 
-LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
+VARIANTS = ("robust", "dpo_norm", "irpo", "dpop")
+LOSSES = ("dpo", "cdpo", *VARIANTS, "ipo", "kto", "orpo", "simpo")
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
 SGD = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
 ADAM = {"learning_rate": 1e-2, "schedule": "constant"}
@@ -175,8 +176,8 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage(tmp_
         ),
         "lm",
     )
-    params = model.init(jax.random.key(1))
-    loss = direct.direct_loss(model, LossConfig(name="orpo"))
+    params = jax.jit(model.init)(jax.random.key(1))
+    loss = jax.jit(direct.direct_loss(model, LossConfig(name="orpo")))
 
     def of(*chosen):
         source = Rows([rows[i] for i in chosen], "preferences")
@@ -214,12 +215,15 @@ def test_every_loss_learns_what_is_preferred(name, finished, separable):
     if name in (
         "dpo",
         "cdpo",
+        "robust",
+        "dpo_norm",
+        "dpop",
         "ipo",
         "kto",
     ):  # policy == reference: every implicit reward is 0
         assert before["val_accuracy"] == pytest.approx(0.5, abs=0.05)
-        expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 25.0, "kto": 0.5}
-        assert before["val_loss"] == pytest.approx(expected[name], rel=1e-5)
+        expected = {"ipo": 25.0, "kto": 0.5}.get(name, math.log(2))
+        assert before["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", some("dpo"))
@@ -462,6 +466,22 @@ def test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt():
         Mismatched(Rows(rows, "preferences"), NoTokenizer())
 
 
+def plain_variant(name, c, w, l, ref_w, ref_l, n, m):
+    """A variant of DPO, of responses of n and m tokens."""
+    log_sigmoid = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
+    w_ratio, l_ratio = w - ref_w, l - ref_l
+    if name == "dpo_norm":
+        return -log_sigmoid(c.strength * (w_ratio / n - l_ratio / m))
+    h = w_ratio - l_ratio
+    if name == "dpop":
+        h -= c.drop_penalty * max(0, -w_ratio)
+    right, wrong = (log_sigmoid(sign * c.strength * h) for sign in (1, -1))
+    if name == "robust":
+        eps = c.smoothing
+        return (-(1 - eps) * right + eps * wrong) / (1 - 2 * eps)
+    return -right - (c.nll * w / n if name == "irpo" else 0)
+
+
 def plain_pair_loss(name, c, w, l, ref_w, ref_l):
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     if name == "simpo":
@@ -486,6 +506,8 @@ def implicit_by_hand(c, total, mean, reference):
         return c.strength * mean
     if c.name == "orpo":
         return c.strength * np.log(np.exp(mean) / (1 - np.exp(mean)))
+    if c.name == "dpo_norm":
+        return c.strength * (total - reference) * mean / total
     return c.strength * (total - reference)
 
 
@@ -503,7 +525,8 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
     rng = np.random.default_rng(3)
     config = LossConfig(name=name, beta=0.3)
     total, reference = -rng.uniform(5, 20, (5, 4)), -rng.uniform(5, 20, (5, 4))
-    mean = total / 8
+    lengths = rng.integers(6, 10, (5, 4)).astype(np.int32)
+    mean = total / lengths
     scores = np.array(
         [[0, 1, 2, 3], [1, 1, 0, 9], [2, 2, 2, 2], [0, 5, 5, 1], [3, 1, 0, 0]],
         np.float32,
@@ -531,6 +554,14 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
                 for w, l in pairs
                 for x in (1 / (1 + math.exp(reward(w))), 1 / (1 + math.exp(-reward(l))))
             ]
+        elif name in VARIANTS:
+            columns = (total, reference, lengths)
+            losses = [
+                plain_variant(
+                    name, config, *(column[p, i] for column in columns for i in pair)
+                )
+                for pair in pairs
+            ]
         else:
             source = mean if name in ("orpo", "simpo") else total
             losses = [
@@ -552,7 +583,8 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
     arrays = [
         jnp.asarray(x, jnp.float32) for x in (total, mean, reference, scores, valid, z)
     ]
-    loss, pairs = make_loss(config)(Completions(*arrays))
+    completions = Completions(*arrays, lengths=jnp.asarray(lengths))
+    loss, pairs = make_loss(config)(completions)
     np.testing.assert_allclose(loss, np.mean(by_prompt), rtol=1e-5)
     good, bad = (
         ("desirable", "undesirable") if name == "kto" else ("chosen", "rejected")
@@ -562,7 +594,7 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
     np.testing.assert_allclose(
         [found[key] for key in names], np.mean(told, axis=0), rtol=1e-5
     )
-    ours = implicit_rewards(config, Completions(*arrays))
+    ours = implicit_rewards(config, completions)
     np.testing.assert_allclose(ours[valid > 0], rewards[valid > 0], rtol=1e-5)
 
 
@@ -631,7 +663,7 @@ def test_padding_of_answers_changes_nothing(finished, separable):
                 source, tokenizer, batch_size=4, length=length, train=False
             )
         )
-        logprobs, mask = logprobs_of(saved.params, batch)
+        logprobs, mask, _ = logprobs_of(saved.params, batch)
         np.testing.assert_array_equal(mask.sum(1), batch.lengths.ravel())
         sums.append((logprobs * mask).sum(1))
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)

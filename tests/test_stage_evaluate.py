@@ -42,6 +42,33 @@ def test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so(
     assert kl.note in write_report(tmp_path / "run").read_text()
 
 
+def test_pitfall_35_shaped_responses_have_no_kl_and_it_is_said(
+    conversations, finished, tmp_path
+):
+    """Responses that a stop text ends count as ended, and their texts end before it."""
+    plain = evaluated(conversations, finished, tmp_path / "plain")
+    assert "evaluate/kl" in plain
+    texts = [row["policy"] for row in samples(tmp_path / "plain")]
+    metrics = evaluated(conversations, finished, tmp_path / "run", stop=(" ", "e"))
+    cut = [text.partition(" ")[0].partition("e")[0] for text in texts]
+    assert [row["policy"] for row in samples(tmp_path / "run")] == cut != texts
+    assert "evaluate/kl" not in metrics
+    rate, before = (x["evaluate/eos_rate_policy"] for x in (metrics, plain))
+    changed = np.array([a != b for a, b in zip(cut, texts, strict=True)])
+    assert max(before, changed.mean()) <= rate <= before + changed.mean()
+    (kl,) = [
+        row for row in tables.headlines(read_run(tmp_path / "run")) if row.name == "kl"
+    ]
+    assert kl.note == tables.SHAPED
+    assert tables._why_no_kl({"temperature": 1.0}) == ""
+
+
+def samples(workdir):
+    return [
+        strict(line) for line in (workdir / "samples.jsonl").read_text().splitlines()
+    ]
+
+
 def summarized(policy, baseline):
     """The metrics of made-up gold scores; the proxy has them with the other sign."""
     n = len(policy)
@@ -138,6 +165,8 @@ def test_without_a_reward_there_is_no_win_rate_and_the_report_says_so(
         values = last_values(finished / stage)
         measured = next(x for name, x in values.items() if name.endswith("/val_loss"))
         assert metrics[f"evaluate/{loss}"] == pytest.approx(measured, rel=1e-5), stage
+    cut = last_values(finished / "02_sft")["sft/val_examples_cut"]
+    assert metrics["evaluate/chat_examples_cut"] == pytest.approx(cut, rel=1e-6)
     run = read_run(tmp_path / "run")
     assert len(tables.tax_rows(run)) == 4
     page = write_report(tmp_path / "run").read_text()

@@ -79,16 +79,21 @@ def apart(a, b):
 # ------------------------------------------------------------------ whose logprobs
 
 
-def test_forward_logprobs_are_the_samplers_in_float32():
-    sampler = optimum.experience(*begin(), KEY)[1]
-    forward = optimum.experience(*begin(behavior_logprobs="forward"), KEY)[1]
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 2e-5), ("bfloat16_products", 2e-2)]
+)
+def test_forward_logprobs_are_the_samplers(dtype, bound):
+    shape = dataclasses.replace(optimum.SHAPE, dtype=dtype)
+    sampler = optimum.experience(*begin(shape), KEY)[1]
+    forward = optimum.experience(*begin(shape, behavior_logprobs="forward"), KEY)[1]
     np.testing.assert_array_equal(sampler.tokens, forward.tokens)
     # what the first ratio may differ from 1 by
-    np.testing.assert_allclose(forward.logprobs, sampler.logprobs, atol=2e-5)
+    np.testing.assert_allclose(forward.logprobs, sampler.logprobs, atol=bound)
 
 
-def test_forward_logprobs_make_the_first_ratio_one_in_bfloat16():
-    shape = dataclasses.replace(optimum.SHAPE, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16_products"])
+def test_forward_logprobs_make_the_first_ratio_one_with_rounded_products(dtype):
+    shape = dataclasses.replace(optimum.SHAPE, dtype=dtype)
     _, episodes, metrics = iterate(*begin(shape, behavior_logprobs="forward"))
     assert metrics["first_ratio_max"] == pytest.approx(1, abs=1e-5)
     assert (
@@ -288,6 +293,22 @@ def test_truncation_and_rejection(stop):
     np.testing.assert_array_equal(
         rollout.mask, 1
     )  # the policy is trained on all that it sampled
+
+
+def test_any_of_several_eos_is_an_end_of_a_response():
+    """A response without either loses 2; the metric counts both."""
+    config = optimum.ppo_config(
+        4, **PLAIN | {"missing_eos": "penalty", "missing_eos_value": 2.0}
+    )
+    ids = TokenIds(EOS, PAD, extra_eos_ids=(5,))
+    tokens = jnp.array([[1, 3, 4, EOS], [1, 3, 5, PAD], [1, 3, 4, 4], [1, 5, 4, 4]])
+    mask = jnp.array([[1, 1], [1, 0], [1, 1], [1, 1]], jnp.float32)
+    rollout = Rollout(tokens, jnp.ones_like(tokens), mask, -mask)
+    shaped, ended, _ = shape_rewards(config, ids, jnp.full(4, 0.5), rollout)
+    np.testing.assert_allclose(shaped, [0.5, 0.5, -1.5, -1.5])
+    assert ended.tolist() == [True, True, False, False]
+    one = shape_rewards(config, TokenIds(EOS, PAD), jnp.full(4, 0.5), rollout)[1]
+    assert one.tolist() == [True, False, False, False]
 
 
 def test_without_a_stop_at_eos_every_response_is_as_long():
@@ -531,7 +552,7 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
         ]
         logits = [
             algorithm.model.logits(p, h)
-            for p, h in zip((params, reference), hidden, strict=True)
+            for p, (h, _) in zip((params, reference), hidden, strict=True)
         ]
         log_pi, log_rho = (jax.nn.log_softmax(x / TEMPERATURE) for x in logits)
         kl = jnp.sum(jnp.exp(log_pi) * (log_pi - log_rho), axis=-1)
@@ -857,7 +878,7 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
 ):
     """4 tokens in 2 sequences: the mean over sequences of sums is twice the mean over tokens."""
 
-    def mean_of_ten(model):
+    def mean_of_ten(model, balanced):
         pair = (jnp.float32(40.0), jnp.float32(4.0))
         return lambda params, batch, key: (10 * params["w"], {"loss": pair})
 

@@ -97,6 +97,7 @@ def test_it_is_planned_and_placed():
     assert recipe.layout_of(auto, origins).mesh.shape["data"] == len(jax.devices())
 
 
+@pytest.mark.nightly
 def test_it_resumes_bit_for_bit_and_is_reported(
     conversations, finished, tmp_path, monkeypatch
 ):

@@ -74,7 +74,7 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_
         "scalar",
     )
     params = model.init(jax.random.key(1))
-    loss = reward.reward_loss(model, make_reward_loss(RewardLossConfig()))
+    loss = jax.jit(reward.reward_loss(model, make_reward_loss(RewardLossConfig())))
 
     def of(*chosen):
         source = Rows([rows[i] for i in chosen], "preferences")
@@ -127,6 +127,47 @@ def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(
         jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True
     ):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
+def test_centering_trains_the_heads_bias_towards_rewards_around_0(
+    conversations, finished, lopsided
+):
+    """From a bias of 5: a loss of comparisons leaves it, whatever the optimizer; centering not."""
+    config = stage_values("reward", conversations, finished) | {
+        "init_from": str(finished / "04_reward"),
+        "preferences": (str(lopsided),),
+        "model": None,
+        "normalize": "none",
+    }
+    ends = {}
+    for centering in (0.0, 0.1):
+        loss = {"name": "bradley_terry", "centering": centering}
+        values = recipe.check(config | {"loss": loss}, "reward")
+        stage = reward.build(values, ONE)
+        key = jax.random.key(0)
+        with ONE.use():
+            current = stage.start(
+                state.create_sharded(stage.init, key, stage.axes, ONE)
+            )
+            head = current.params["head"]
+            head = {**head, "bias": jnp.full_like(head["bias"], 5.0)}
+            current = current.replace(params={**current.params, "head": head})
+            for _ in range(5):
+                batch = ONE.put(next(stage.batches))
+                current, metrics = stage.step(current, batch, key)
+        ends[centering] = float(current.params["head"]["bias"])
+        assert ("centering" in metrics) == bool(centering)
+    assert ends[0.0] == 5.0
+    assert ends[0.1] < 5.0
+
+
+def test_centering_of_a_choice_without_pairs_is_refused(conversations, finished):
+    loss = {"name": "best_of_k", "centering": 0.1}
+    values = stage_values("reward", conversations, finished) | {"loss": loss}
+    with pytest.raises(
+        ConfigError, match=r"reward\.loss\.centering=0\.1: must be 0 with best_of_k"
+    ):
+        reward.build(recipe.check(values, "reward"), ONE)
 
 
 def started(values):
@@ -260,7 +301,7 @@ def test_pitfall_36_a_reward_of_nan_centers_nothing(finished, tmp_path, monkeypa
         np.array([[1.0, np.nan], [np.nan, 2.0]]),
         np.array([[1.0, 0.0], [1.0, 1.0]]),
     )
-    samples = (rewards, valid, np.zeros(2))
+    samples = (rewards, valid, np.zeros(2), {})
     monkeypatch.setattr(stages.find("recenter"), "_score_rows", lambda *_: samples)
     said = (
         r"^recenter\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"

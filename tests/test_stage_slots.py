@@ -15,7 +15,7 @@ from rlhfjax.data.preferences import read_preferences
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.rl import rollout
+from rlhfjax.rl import placement
 from rlhfjax.rl.responses import (
     PromptBatching,
     bucket_width,
@@ -196,14 +196,14 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
     got, params = run_steps(
         "group", group_values(conversations, finished, "rloo", **changes), ONE
     )
-    sample, shared = rollout.sample, []
+    sample, shared = placement.sample, []
 
     def alone(*args, sampling):
         shared.append(sampling.samples_per_prompt)
         sampling = dataclasses.replace(sampling, samples_per_prompt=1)
         return sample(*args, sampling=sampling)
 
-    monkeypatch.setattr(rollout, "sample", alone)
+    monkeypatch.setattr(placement, "sample", alone)
     expected, same = run_steps(
         "group", group_values(conversations, finished, "rloo"), ONE
     )

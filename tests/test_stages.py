@@ -165,7 +165,8 @@ def test_pitfall_39_fine_tuning_counts_the_examples_that_lost_tokens(tmp_path):
         loader.sft_batches(rows, tokenizer, batch_size=4, length=32, train=False)
     )
     params = model.init(jax.random.key(0))
-    _, pairs = language_loss(model)(params, jax.tree.map(jnp.asarray, batch), None)
+    loss = jax.jit(language_loss(model))
+    _, pairs = loss(params, jax.tree.map(jnp.asarray, batch), None)
     assert [float(x) for x in pairs["examples_cut"]] == [1.0, 3.0]
 
 

@@ -25,6 +25,7 @@ def test_values_are_pinned():
         "PER_DATA_STREAM": 104729,
         "PER_SOURCE": 7919,
         "PER_CRITIQUE_SEED": 1000003,
+        "PER_SYNTHESIS_SEED": 1000033,
     }
 
 

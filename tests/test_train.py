@@ -17,10 +17,12 @@ from rlhfjax import state as states
 from rlhfjax import train
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.config import CheckpointConfig, LogConfig, TrainConfig
+from rlhfjax.device_memory import Memory
 from rlhfjax.errors import CheckpointError, DataError, NonFiniteError
 from rlhfjax.mesh import make_layout
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
+from tests.test_device_memory import GPUS
 
 LAYOUT = make_layout(devices=jax.devices()[:1])
 TX = optax.sgd(0.5)
@@ -228,6 +230,15 @@ def test_every_step_is_logged_and_the_last_one_too(run, tmp_path):
     )
     assert goodput["step"] == 5 and 0 < goodput["fake/goodput"] < 1
     assert not (tmp_path / "tb").exists()  # log.tensorboard=False
+
+
+def test_the_peak_memory_of_a_device_is_a_timing(run, tmp_path, monkeypatch):
+    """What a checkpoint continues bit for bit, metrics.jsonl, does not have it."""
+    monkeypatch.setattr(train, "Memory", lambda: Memory(GPUS))
+    run(fake_stage([]), steps=2)
+    *rates, _ = timing(tmp_path)
+    assert [row["fake/peak_memory"] for row in rates] == [5.0, 5.0]
+    assert "memory" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def timing(folder: Path) -> list[dict]:

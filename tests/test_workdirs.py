@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from rlhfjax import clock, recipe, workdirs
+from rlhfjax import claims, clock, recipe, workdirs
 from rlhfjax.errors import DataError
 from rlhfjax.metrics import METRICS_FILE, TIMING_FILE, Writer, read_rows
 from rlhfjax.report.workdir import read_run
@@ -138,7 +138,7 @@ def test_a_config_that_is_none_is_named(workdir, config):
     (workdir / "config.json").write_text(json.dumps(config))
     now = {"stage": "reward", "steps": 4}
     readers = (read_run, lambda w: recipe.evaluate(None, w))
-    for read in (*readers, lambda w: recipe.claim(w, now)):
+    for read in (*readers, lambda w: claims.claim(w, now)):
         message = fails(lambda read=read: read(workdir))
         assert message.startswith(f"{workdir}/config.json: ")
         assert message.endswith(workdirs.RESTORE)

@@ -20,7 +20,7 @@ from tests import tiny
 
 LOOP = ("steps", "eval_every", "checkpoint", "log", "optim")
 ENSEMBLES = ("mean", "worst", "pessimistic")
-BEFORE = ("tokenizer", "pretrain", "sft", "collect", "reward")
+BEFORE = ("tokenizer", "pretrain", "sft", "collect", "reward", "process_reward")
 
 
 def entered(stage: str) -> set[CodeType]:
@@ -95,6 +95,18 @@ def recipe_values() -> dict[str, Any]:
             init_from="stage:sft",
             feedback="feedback.jsonl",
             held_out="feedback.jsonl",
+            length=32,
+            batch_size=4,
+            **loop,
+        )
+    )
+    solutions = {"spec": "jsonl:steps.jsonl", "kind": "steps"}
+    values["process_reward"] = to_dict(
+        stage_config(
+            "process_reward",
+            init_from="stage:sft",
+            sources=(solutions,),
+            eval_sources=(solutions,),
             length=32,
             batch_size=4,
             **loop,

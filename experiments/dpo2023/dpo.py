@@ -5,7 +5,8 @@ Paper: Rafailov et al. 2023 (arXiv 2305.18290). Expected there: TL;DR summaries 
   not measure this.
 Command: rlhfjax train --config=experiments/dpo2023/dpo.py:task=tldr --workdir=runs/dpo2023/tldr/dpo
   rlhfjax run --config=experiments/dpo2023/dpo.py:size=toy --workdir=runs/dpo2023/toy
-Variants: :task=sentiment; :loss=cdpo, ipo, kto, orpo or simpo on the same data; :beta=0.05;
+Variants: :task=sentiment; :loss=cdpo, robust, dpo_norm, irpo, dpop, ipo, kto, orpo or simpo on
+  the same data; :beta=0.05;
   :seed=1.
 Hardware: toy: 2 CPU cores, minutes. The paper names none. Time and result: README.md beside this
   file.
@@ -26,7 +27,8 @@ BETA = {
     "sentiment": 0.1,
 }
 WITHOUT_REFERENCE = ("orpo", "simpo")
-LOSSES = ("dpo", "cdpo", "ipo", "kto", *WITHOUT_REFERENCE)
+VARIANTS_OF_DPO = ("cdpo", "robust", "dpo_norm", "irpo", "dpop")
+LOSSES = ("dpo", *VARIANTS_OF_DPO, "ipo", "kto", *WITHOUT_REFERENCE)
 VARIANTS = ("", "task=sentiment", "loss=kto", "loss=simpo", "size=toy")
 
 

@@ -81,8 +81,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # C.1: 0.2 on the residual branches; ours is one rate, for the embedding and the attention
         # weights too. C.3 does not name it: as C.1.
         overrides={"dropout": 0.2},
-        # C.3 mixes 10 % of pretraining text into these batches (`start`); the stage cannot, and it
-        # is left out.
+        # C.3 mixes 10 % of pretraining text into these batches (`start`). Whether that is 10 % of
+        # examples or of tokens is unpublished. It is left out; a source with kind="text" adds it.
         sources=(source,),
         # A batch of two rows: on more devices, tensors are split too, but 50,257 rows of the
         # embedding are 29 x 1,733.
@@ -95,7 +95,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         steps=updates,
         # C.1 chooses among checkpoints, and among 7 learning rates (175B: 5), by the reward model's
         # score on validation prompts, not by validation loss, which is lowest after one epoch. Here
-        # every epoch is evaluated and kept.
+        # every epoch is evaluated and kept; `eval_reward` with keep_best="max:val_reward" chooses.
         eval_every=updates // EPOCHS[arg.role],
         checkpoint={
             "every": updates // EPOCHS[arg.role],

@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "n_heads": 2 if smoke else 4,
             "d_ff": 176 if smoke else 352,
             "max_length": 256,
+            "dtype": "auto",
         },
         sources=text,
         eval_sources=(chats("validation"),),

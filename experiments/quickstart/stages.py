@@ -11,7 +11,7 @@ Variants: :stage=NAME is one stage, by itself; without it all of them are a reci
 Hardware: 2 CPU cores, under two minutes after :size=smoke.
 
 Data, lengths and models are those of the run. `data/` beside this file holds what people
-would write: principles, rankings by two labelers, feedback in time.
+would write: principles, rankings by two labelers, feedback in time, labels of steps.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import recipe, stages, workdirs
+from rlhfjax import claims, recipe, stages, workdirs
 from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
@@ -31,6 +31,7 @@ CLASSES = (
     {"option": "A", "reward": 1.0, "name": "kind"},
     {"option": "B", "reward": -1.0, "name": "unkind"},
 )
+STEPS_SOURCE = {"spec": f"jsonl:{DATA}/steps.jsonl", "kind": "steps", "split": "all"}
 RUBRIC = "Is this answer kind?\n{response}\n(A) yes (B) no"
 
 
@@ -110,7 +111,18 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
         **loop,
         **sampling,
     }
+    raw = {**collect["prompts"]["source"], "limit": 8 * ROWS}
     chosen = {
+        "prepare": {
+            "sources": (raw,),
+            "language": {"keep": ("en",), "probability": 0.2},
+            "near": {"threshold": 0.8},
+            "prompts": {"prefix": 80},
+            "evaluation": {"sources": (collect["eval_prompts"]["source"],)},
+            "validation": 0.3,
+            "test": 0.0,
+            "rows_per_file": 3 * ROWS,
+        },
         "tokenizer": {},
         "tasks": {"tasks": ("chain_sum", "spell_backward"), "size": 20},
         "pretrain": text,
@@ -134,6 +146,17 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
             "optim": optim,
             **loop,
         },
+        "process_reward": {
+            "init_from": at["sft"],
+            "sources": (STEPS_SOURCE,),
+            "eval_sources": (STEPS_SOURCE,),
+            "neutral": "positive",
+            "separator": "\n",
+            "length": length,
+            "batch_size": 4,
+            "optim": optim,
+            **loop,
+        },
         "rubric": {"judge": judge, "template": RUBRIC, "classes": CLASSES},
         "feedback": {"judge": judge, "principles": str(DATA / "principles.txt")},
         "compose": {
@@ -141,6 +164,20 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
                 {"reward": at["reward"], "name": "model"},
                 {"reward": "gold:sentiment", "weight": 0.5},
             )
+        },
+        "synthesize": {
+            "seeds": (raw,),
+            "init_from": at["sft"],
+            "count": ROWS,
+            "rounds": 4,
+            "examples": 2,
+            "min_words": 1,
+            "similarity": 1.0,
+            "length": judge["length"],
+            "max_new_tokens": sampling["max_new_tokens"] // 2,
+            "temperature": 1.0,
+            "batch_size": ROWS,
+            "validation": 0.3,
         },
         "collect": {
             "prompts": prompts,
@@ -213,6 +250,6 @@ def finished(run: Path) -> dict[str, Any]:
         raise ConfigError(
             f"run={run}: expected the workdir of a quickstart that has run to its end"
         )
-    config = recipe.with_defaults(config)
+    config = claims.with_defaults(config)
     stages_of = {name: recipe.resolve(config[name], folders, name) for name in folders}
     return {"stages": config["stages"], **stages_of}

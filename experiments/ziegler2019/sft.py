@@ -83,5 +83,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
     sft = TOY["quickstart"](arg.seed).sft
     if KIND[arg.task] == "style":
         sft.stage = "pretrain"
+        del sft.eval_reward
         sft.cross_document = False
     return TOY["add"](config, sft=sft)

@@ -82,12 +82,12 @@ def cdpo_loss(
 
     Source: Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    reward_w = _implicit_reward(chosen, ref_chosen, weight, beta)
-    reward_l = _implicit_reward(rejected, ref_rejected, weight, beta)
+    reward_w = implicit_reward(chosen, ref_chosen, weight, beta)
+    reward_l = implicit_reward(rejected, ref_rejected, weight, beta)
     margin = reward_w - reward_l
     right = -(1 - smoothing) * jax.nn.log_sigmoid(margin)
     loss = right - smoothing * jax.nn.log_sigmoid(-margin)
-    return _pairwise(loss, reward_w, reward_l, weight)
+    return pairwise_loss(loss, reward_w, reward_l, weight)
 
 
 def ipo_loss(
@@ -106,10 +106,10 @@ def ipo_loss(
 
     Source: Azar et al. 2023, eq. 17.
     """
-    reward_w = _implicit_reward(chosen, ref_chosen, weight, beta)
-    reward_l = _implicit_reward(rejected, ref_rejected, weight, beta)
+    reward_w = implicit_reward(chosen, ref_chosen, weight, beta)
+    reward_l = implicit_reward(rejected, ref_rejected, weight, beta)
     gap = (reward_w - reward_l) / beta
-    return _pairwise((gap - 1 / (2 * beta)) ** 2, reward_w, reward_l, weight)
+    return pairwise_loss((gap - 1 / (2 * beta)) ** 2, reward_w, reward_l, weight)
 
 
 def simpo_loss(
@@ -135,7 +135,7 @@ def simpo_loss(
     reward_w = beta * jnp.where(weight > 0, chosen, 0)
     reward_l = beta * jnp.where(weight > 0, rejected, 0)
     loss = -jax.nn.log_sigmoid(reward_w - reward_l - margin)
-    return _pairwise(loss, reward_w, reward_l, weight)
+    return pairwise_loss(loss, reward_w, reward_l, weight)
 
 
 def orpo_loss(
@@ -164,7 +164,7 @@ def orpo_loss(
     chosen, rejected = (jnp.where(weight > 0, x, -1.0) for x in (chosen, rejected))
     odds_w, odds_l = log_odds(chosen), log_odds(rejected)
     loss = -chosen - beta * jax.nn.log_sigmoid(odds_w - odds_l)
-    mean, metrics = _pairwise(loss, beta * odds_w, beta * odds_l, weight)
+    mean, metrics = pairwise_loss(loss, beta * odds_w, beta * odds_l, weight)
     at_limit = jnp.maximum(chosen, rejected) >= CERTAIN
     metrics["nll"] = weighted_mean(-chosen, weight)
     metrics["odds_clamped"] = weighted_mean(at_limit.astype(weight.dtype), weight)
@@ -217,7 +217,7 @@ def kto_loss(
 
     Source: Ethayarajh et al. 2024 (KTO).
     """
-    reward = _implicit_reward(logprobs, ref_logprobs, weight, beta)
+    reward = implicit_reward(logprobs, ref_logprobs, weight, beta)
     z = beta * lax.stop_gradient(jnp.asarray(kl))
     missing, excess = jax.nn.sigmoid(z - reward), jax.nn.sigmoid(reward - z)
     loss = jnp.where(
@@ -248,21 +248,23 @@ def kto_kl(
     return lax.stop_gradient(jnp.maximum(0, mean))
 
 
-def _implicit_reward(
+def implicit_reward(
     logprobs: Float[Array, "n"],
     ref_logprobs: Float[Array, "n"],
     weight: Float[Array, "n"],
     beta: Scalar,
 ) -> Float[Array, "n"]:
+    """Returns beta log pi/rho (y), and 0 on padding; the reference has no gradient."""
     return beta * jnp.where(weight > 0, logprobs - lax.stop_gradient(ref_logprobs), 0)
 
 
-def _pairwise(
+def pairwise_loss(
     loss: Float[Array, "n"],
     reward_w: Float[Array, "n"],
     reward_l: Float[Array, "n"],
     weight: Float[Array, "n"],
 ) -> Loss:
+    """Returns the mean of a loss over pairs, with the metrics of `dpo_loss`."""
     total, count = weighted_mean(loss, weight)
     metrics: Metrics = {
         "loss": (total, count),

@@ -148,6 +148,31 @@ def _outcome_loss(
     return mean, {"loss": (total, count), **metrics}
 
 
+def centering_loss(
+    rewards: Float[Array, "p k"],
+    pairs: Float[Array, "p k k"],
+) -> Loss:
+    """Returns (r_i + r_j)^2, the weighted mean over pairs, which is least for rewards around 0.
+
+    The losses of comparisons leave a constant of all rewards open. This term, times a coefficient,
+    determines it during training.
+
+    Args:
+      rewards: r(x, y_i); where all weights of a completion are 0, it may hold anything.
+      pairs: weight of the pair of completions i and j at [p, i, j].
+
+    Returns:
+      squared reward; metrics loss, its weight that of the pairs.
+
+    Source: Eisenstein et al. 2023, "Helping or Herding?", appendix; TRL
+    `center_rewards_coefficient`.
+    """
+    sums = rewards[:, :, None] + rewards[:, None, :]
+    squares = jnp.where(pairs > 0, sums, 0) ** 2
+    total, weight = masked_sum(squares, pairs), jnp.sum(pairs)
+    return divide(total, weight), {"loss": (total, weight)}
+
+
 def best_of_k_loss(
     rewards: Float[Array, "p k"],
     best: Int[Array, "p"],

@@ -36,16 +36,25 @@ def token_rewards(
     return jnp.where(mask > 0, score[:, None] * last_token(mask) - beta * kl, 0)
 
 
+def is_any(tokens: Int[Array, "*n"], ids: tuple[int, ...]) -> Bool[Array, "*n"]:
+    """Returns whether each token is one of the ids, of which there is at least one."""
+    first, *others = ids
+    found = tokens == first
+    for token_id in others:
+        found |= tokens == token_id
+    return found
+
+
 def has_token(
     tokens: Int[Array, "b t"],
     mask: Float[Array, "b t"],
-    token_id: int,
+    *token_ids: int,
 ) -> Bool[Array, "b"]:
-    """Returns whether `token_id` is among the counted tokens of each row.
+    """Returns whether one of `token_ids` is among the counted tokens of each row.
 
-    With the EOS it is whether the response ended.
+    With the ids that end a response it is whether the response ended.
     """
-    return jnp.any((tokens == token_id) & (mask > 0), axis=1)
+    return jnp.any(is_any(tokens, token_ids) & (mask > 0), axis=1)
 
 
 def replace_missing_eos(

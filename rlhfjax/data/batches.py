@@ -31,6 +31,8 @@ class TokenBatch:
 
     cut: Leaf = None
     """float32 [b]: examples of the row that lost tokens; fine-tuning only."""
+    documents: Leaf = None
+    """float32 [b, t]: 1 on tokens of documents; fine-tuning with documents only."""
     mask: Leaf = array("float32 b t")
     """1 where the target counts."""
     positions: Leaf = array("int32 b t")
@@ -130,6 +132,26 @@ class TamerBatch:
     """The feedback."""
     weight: Leaf = array("float32 b f")
     """0 where the response has fewer than f pieces of feedback."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """Solutions in steps. A sequence is prompt and solution."""
+
+    cut: Leaf = array("float32 b")
+    """1 where the prompt or the solution lost tokens."""
+    attention_mask: Leaf = array("int32 b t")
+    ends: Leaf = array("float32 b t")
+    """1 at the last token of each step."""
+    labels: Leaf = array("float32 b t")
+    """There the label, 1 for a right step; 0 elsewhere."""
+    tokens: Leaf = array("int32 b t")
+    """Right-padded."""
+    valid: Leaf = array("float32 b")
+    """0 where the row only fills the batch."""
+    weight: Leaf = array("float32 b t")
+    """1 at the last token of each step whose label counts."""
 
 
 def shapes(batch: type[Batch], **sizes: int) -> Batch:

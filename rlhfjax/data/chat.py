@@ -9,28 +9,53 @@ single ids that `Tokenizer.encode` never produces from text, so a message cannot
 """
 
 import contextlib
+import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from rlhfjax.data.template import OURS, common_prefix
+from rlhfjax.data.built_in_templates import OURS
+from rlhfjax.data.pieces import common_prefix
 from rlhfjax.data.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
+from rlhfjax.data.tools import TOOL, adapted, is_plain
 from rlhfjax.errors import DataError
 
 ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 Message = dict[str, str]
+"""A turn: role and content; see `turns` for those of tools."""
+_NAMES = "|".join(ROLES)
+_MARKER = re.compile(rf"<\|({_NAMES})\|>")
+_SPELLED = re.compile(rf"<(\\*\|(?:{_NAMES})\|>)")  # a marker, or one with backslashes
 
 
-def merge_turns(messages: Sequence[Message]) -> list[Message]:
-    """Returns the messages with consecutive ones of the same role joined by a newline."""
-    turns: list[Message] = []
+class Turns(list[Message]):
+    """Messages, no two consecutive ones of which have the same role."""
+
+    merged = 0
+    """Number of messages that were joined to the one before them."""
+
+
+def merge_turns(messages: Sequence[Message]) -> Turns:
+    """Returns the messages with consecutive ones of the same role joined by a newline.
+
+    Results of tools stay apart, and so do turns that call tools.
+    """
+    turns = Turns()
     for message in messages:
-        if turns and turns[-1]["role"] == message["role"]:
+        same = turns and turns[-1]["role"] == message["role"]
+        if same and _can_join(turns[-1], message):
             turns[-1]["content"] += "\n" + message["content"]
+            turns.merged += 1
         else:
-            turns.append({"role": message["role"], "content": message["content"]})
+            turns.append(dict(message))
     return turns
+
+
+def _can_join(first: Message, second: Message) -> bool:
+    calls = "tool_calls" in first or "tool_calls" in second
+    return not calls and first["role"] != TOOL
 
 
 def render(
@@ -61,7 +86,7 @@ def render_prompt(
       DataError: there is no room for a single token of the last turn.
     """
     limit = sys.maxsize if max_tokens is None else max_tokens
-    for kept in _without_oldest(messages):
+    for kept in without_oldest(messages):
         tokens = tokenizer.template.render(kept, cue=True)[0]
         if len(tokens) <= limit:
             return np.array(tokens, np.int32)
@@ -80,7 +105,7 @@ def validate_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
     Raises:
       DataError: it does not.
     """
-    *_, last = kept = list(_without_oldest(messages))
+    *_, last = kept = list(without_oldest(messages))
     tokenizer.template.validate(kept[0], cue=True)
     if len(kept) > 1:
         tokenizer.template.validate(last, cue=True)
@@ -129,7 +154,7 @@ def shorten_conversation(
     Raises:
       DataError: there is no room for a single token of the prompt's last turn.
     """
-    for shortened in _without_oldest(prompt):
+    for shortened in without_oldest(prompt):
         kept = [*shortened, *rest]
         over = len(render_prompt(tokenizer, kept)) - max_tokens
         if over <= 0:
@@ -151,7 +176,7 @@ def shorten_conversation(
     return kept
 
 
-def _without_oldest(messages: Sequence[Message]) -> Iterator[list[Message]]:
+def without_oldest(messages: Sequence[Message]) -> Iterator[list[Message]]:
     """Yields the conversation from its first user turn on, from its second, and so on.
 
     A system message at the start stays. Without a user turn, yields the whole conversation.
@@ -191,15 +216,46 @@ def _exchange(response: str) -> list[Message]:
 
 
 def prompt_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Returns a prompt as text for scorers and people, with our markers for any chat template."""
-    if tokenizer.template.source == OURS:
-        return tokenizer.decode(ids)
-    turns = tokenizer.template.messages(ids)
-    return "".join(ROLES[turn["role"]] + turn["content"] for turn in turns)
+    """Returns a prompt as text for scorers and people, with our markers for any chat template.
+
+    A marker that a message spells gets a backslash, `<\\|user|>`, so that every marker in the text
+    opens a turn. `turns_of` reads such a text. Where the chat template itself marks turns by
+    ordinary text (`Template.plain_markers`), ids cannot tell a message that spells it from a turn.
+    """
+    if tokenizer.template.source != OURS:
+        turns = tokenizer.template.messages(ids)
+        return "".join(
+            ROLES[turn["role"]] + _escaped(turn["content"]) for turn in turns
+        )
+    specials = tokenizer.template.specials
+    markers = {specials[text]: text for text in ROLES.values() if text in specials}
+    parts = []
+    for marker, run in itertools.groupby((int(i) for i in ids), key=markers.get):
+        run = list(run)
+        parts.append(marker * len(run) if marker else _escaped(tokenizer.decode(run)))
+    return "".join(parts)
+
+
+def turns_of(prompt: str) -> list[Message]:
+    """Returns the turns of a `prompt_text`; text before the first marker has the role ""."""
+    first, *rest = _MARKER.split(prompt)
+    pairs = [("", first)] if first else []
+    pairs += zip(rest[::2], rest[1::2], strict=True)
+    return [{"role": role, "content": _unescaped(text)} for role, text in pairs]
+
+
+def _escaped(content: str) -> str:
+    return _SPELLED.sub(r"<\\\1", content)
+
+
+def _unescaped(content: str) -> str:
+    return re.sub(rf"<\\(\\*\|(?:{_NAMES})\|>)", r"<\1", content)
 
 
 def to_text(messages: Sequence[Message]) -> str:
     """Returns a conversation as text, one line per turn: `User: ...` and `Assistant: ...`."""
-    return "\n".join(
-        f"{message['role'].capitalize()}: {message['content']}" for message in messages
-    )
+    lines = []
+    for message in messages:
+        written = message if is_plain(message) else adapted(message, "")
+        lines.append(f"{written['role'].capitalize()}: {written['content']}")
+    return "\n".join(lines)

@@ -1,71 +1,34 @@
-"""Turns rows into token arrays: documents, conversations, prompts, ranked completions."""
+"""Turns rows into token arrays: documents, conversations, ranked completions."""
 
-import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from rlhfjax.data import chat
 from rlhfjax.data.batches import PreferenceBatch
 from rlhfjax.data.padding import pad_right
 from rlhfjax.data.rows import Row
-from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.data.tools import TOOL
+from rlhfjax.errors import DataError
 
 Turns = tuple[list[int], list[float]]  # token ids, and 1 where the assistant wrote them
-
-
-class Encoded:
-    """A sequence of encoded rows, each encoded once.
-
-    Args:
-      encode: takes the index of a row and the row, and returns a tree of arrays.
-      max_items: numbers that are kept in memory; what does not fit is encoded anew.
-    """
-
-    def __init__(
-        self, source: Source, encode: Callable[[int, Row], Any], max_items: int = 2**27
-    ):
-        self.source = source
-        self._encode = encode
-        self._room = max_items
-        self._kept: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Any:
-        index = int(index)
-        if index in self._kept:
-            return self._kept[index]
-        try:
-            value = self._encode(index, self.source[index])
-        except DataError as error:
-            where = f"{self.source.locate(index)}: "
-            raise DataError(where + str(error).removeprefix(where)) from None
-        size = sum(array.size for array in jax.tree.leaves(value))
-        if size <= self._room:
-            self._room -= size
-            self._kept[index] = value
-        return value
 
 
 # ------------------------------------------------------------------ pretraining
 
 
 def document(tokenizer: Tokenizer, row: Row) -> np.ndarray:
-    """Returns a document for pretraining, int32 [t]: bos, text, eos.
+    """Returns a document for pretraining, int32 [t]: the text, and what ends a document.
 
-    A conversation is rendered in the chat template, so that fine-tuning starts from a model that
-    knows its turns.
+    Before the text stands bos, if the vocabulary begins documents with one. A conversation is
+    rendered in the chat template, so that fine-tuning starts from a model that knows its turns.
     """
     if "messages" in row:
         return chat.render(tokenizer, row["messages"])[0]
     text = tokenizer.encode(row["text"])
-    return np.array([tokenizer.bos_id, *text, tokenizer.eos_id], np.int32)
+    tokens = [*tokenizer.document_start, *text, tokenizer.document_end]
+    return np.array(tokens, np.int32)
 
 
 def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -79,6 +42,28 @@ def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------ fine-tuning
+
+
+def with_documents(
+    tokenizer: Tokenizer, row: Row, length: int, context: str = "sft"
+) -> list[np.ndarray]:
+    """Returns the training examples of a conversation or a document, each int32 [t, 5].
+
+    The first four columns are those of `fine_tuning`. The fifth is 1 in an example of a document.
+
+    The targets of a document are all its tokens but the first, as in pretraining. A document ends
+    as documents do in pretraining, see `document`, so that prose does not teach the end of a turn
+    where the tokenizer has another token for that. One that is longer than `length` is split into
+    pieces: each begins at position 0, and no target is lost.
+    """
+    if "messages" in row:
+        found = fine_tuning(tokenizer, row, length, context)
+        return [np.pad(example, ((0, 0), (0, 1))) for example in found]
+    tokens = document(tokenizer, row)
+    whole = shifted(tokens, np.ones(len(tokens)))
+    marks = np.broadcast_to(np.array([0, 1], np.int32), (len(whole), 2))
+    example = np.concatenate([whole, marks], axis=1)
+    return [example[i : i + length] for i in range(0, len(example), length)]
 
 
 def prompt_room(length: int, longest: int) -> int:
@@ -131,11 +116,20 @@ def windows(
     and always follows its question. If a single exchange is too long, the question loses its
     beginning, down to half of the window, and then the response its end. No eos is added to a
     response that lost its end. Windows without a target are dropped.
+
+    If the chat template leaves thoughts out of earlier responses, every response has a window of
+    its own, in which it is the last turn and the only target.
     """
     head, exchanges = exchanges_of(messages)
     if head:
         question = {"role": "user", "content": "?"}
         _edges(tokenizer, [*head, question], 1, length + 1)  # validates its length
+
+    if not tokenizer.template.keeps_responses(messages):
+        ends = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        return [
+            _last_response_window(tokenizer, messages[: i + 1], length) for i in ends
+        ]
 
     # A group is as many exchanges as fit into a window, at least one.
     groups: list[tuple[list[chat.Message], Turns]] = []
@@ -156,17 +150,38 @@ def windows(
     return examples
 
 
+def _last_response_window(
+    tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int
+) -> np.ndarray:
+    """Returns a conversation as an example whose target is its last response.
+
+    The oldest exchanges are dropped, whole, until the rest fits.
+    """
+    for kept in chat.without_oldest(messages):
+        tokens, mask = tokenizer.template.render(kept)
+        if len(tokens) <= length + 1:
+            break
+    start = len(mask) - mask[::-1].index(1.0)
+    while start and mask[start - 1]:
+        start -= 1
+    mask = [0.0] * start + mask[start:]
+    first = int(kept[0]["role"] == "system")
+    was = len(tokens)
+    tokens, mask = _cut(tokenizer, kept, (tokens, mask), length + 1, first)
+    return _example(tokens, mask, was=was)
+
+
 def exchanges_of(
     messages: Sequence[chat.Message],
 ) -> tuple[list[chat.Message], list[list[chat.Message]]]:
     """Returns a system message, if the first one is, and the exchanges of a conversation.
 
-    An exchange is a user turn and the assistant turns after it.
+    An exchange is a user turn and the turns of assistant and tools after it.
     """
     head = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[chat.Message]] = []
     for message in messages[len(head) :]:
-        if message["role"] == "assistant" and exchanges:
+        if message["role"] in ("assistant", TOOL) and exchanges:
             exchanges[-1].append(message)
         else:
             exchanges.append([message])
@@ -225,56 +240,6 @@ def _edges(
             f"sft: a system message of {before} tokens leaves no room in length {room - 1}"
         )
     return before, after
-
-
-# ------------------------------------------------------------------ prompts
-
-
-class Prompts:
-    """A source of prompts: prefixes of conversations that end with a user turn.
-
-    Args:
-      source: rows of kind messages.
-      per_conversation: the largest number of prefixes of one conversation, which a hash of the seed
-        chooses; None: all.
-    """
-
-    kind = "prompt"
-
-    def __init__(
-        self, source: Source, *, per_conversation: int | None = 1, seed: int = 0
-    ):
-        if source.kind != "messages":
-            raise ConfigError(
-                f"prompts are cut from rows of kind messages, not {source.kind}"
-            )
-        self.source = source
-        self.skipped = source.skipped
-        self.on_bad_row = getattr(source, "on_bad_row", "error")
-        self._index: list[tuple[int, int]] = []  # (row, messages of the prefix)
-        for i in range(len(source)):
-            ends = [
-                j + 1
-                for j, turn in enumerate(source[i]["messages"])
-                if turn["role"] == "user"
-            ]
-            ends.sort(key=lambda end, i=i: _digest(f"{seed}/{i}/{end}"))
-            self._index += [(i, end) for end in sorted(ends[:per_conversation])]
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Row:
-        row, end = self._index[index]
-        return {"messages": self.source[row]["messages"][:end]}
-
-    def locate(self, index: int) -> str:
-        row, end = self._index[index]
-        return f"{self.source.locate(row)}, first {end} turns"
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
 
 
 # ------------------------------------------------------------------ preferences

@@ -9,7 +9,10 @@ import numpy as np
 import tokenizers
 
 from rlhfjax import json_text, paths
-from rlhfjax.data.template import BUILT_IN, MARKERS, Template
+from rlhfjax.data import thoughts
+from rlhfjax.data.built_in_templates import BUILT_IN
+from rlhfjax.data.end_ids import END_IDS, end_ids
+from rlhfjax.data.template import Template
 from rlhfjax.data.tokenizer_files import (
     CONFIG_FILE,
     FILE,
@@ -18,13 +21,23 @@ from rlhfjax.data.tokenizer_files import (
     read_config,
     template_of,
 )
+from rlhfjax.data.tokenizer_json import (
+    for_file,
+    make_backend,
+    over_bytes,
+    with_specials,
+    without_prefix,
+)
 from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
 
 # Specials that can be the pad where none is named so: document end, and unknown.
 _PADS = ("<|endoftext|>", "<unk>")
-_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _SPACE = "\u2581"  # how BPE over characters spells a blank
+# Specials that end a document in vocabularies whose eos_token ends a turn.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+# Keys of tokenizer_config.json that replace what tokenizer.json says.
+_OTHER_READERS = ("added_tokens_decoder", "auto_map", "backend")
 # How byte-level BPE spells the 256 bytes.
 _BYTES = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 _NEVER = "ÿ"  # how byte-level BPE spells the byte 0xFF, which no UTF-8 text contains
@@ -38,9 +51,13 @@ class HuggingFaceTokenizer:
     characters, which `encode` omits as transformers does.
 
     `eos_id` is the token that the sampler stops on: the one with which the chat template ends the
-    assistant's turn, or without a template the file's eos_token. `pad_id` is always another one. If
-    a file's pad is its eos (SmolLM2), a special that the template does not use becomes the pad; if
-    there is none (GPT-2), a byte that no text contains.
+    assistant's turn, or without a template the file's eos_token. `extra_eos_ids` are the other ids
+    that end a response according to the model's files (`end_ids`). `pad_id` is always another one
+    than `eos_id`. If a file's pad is its eos (SmolLM2), a special that the template does not use
+    becomes the pad; if there is none (GPT-2), a byte that no text contains.
+
+    `document_end` is the file's eos_token, or a special such as <|endoftext|> if that ends a turn.
+    `document_start` is the file's bos_token, if its post-processor writes one before a text.
 
     Args:
       backend: the tokenizer itself.
@@ -66,20 +83,22 @@ class HuggingFaceTokenizer:
         self._config = dict(config)
         source = BUILT_IN.get(template, template) or template_of(config, context)
         names = {name: _content(config[name]) for name in NAMES if config.get(name)}
-        data = _with_specials(backend, set(names.values()), source)
-        self._json = json_text.encode(data, context)
-        self._backend = _backend(data)
+        data = with_specials(backend, set(names.values()), source)
+        self._json = json_text.encode(for_file(data, backend), context)
+        self._backend = make_backend(data)
         # Backends by what stands before a text; equal ones are shared to save memory.
-        after_special = _without_prefix(data)
-        after_text = _without_prefix(data, anywhere=True)
-        following = self._backend if after_special == data else _backend(after_special)
-        joined = following if after_text == after_special else _backend(after_text)
+        after_special = without_prefix(data)
+        after_text = without_prefix(data, anywhere=True)
+        following = (
+            self._backend if after_special == data else make_backend(after_special)
+        )
+        joined = following if after_text == after_special else make_backend(after_text)
         self._backends = {
             "nothing": self._backend,
             "special": following,
             "text": joined,
         }
-        self._over_bytes = _over_bytes(data, context)
+        self._over_bytes = over_bytes(data, context)
         self._ids = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(self._ids.values())
         self._added = {token["content"]: token for token in data["added_tokens"]}
@@ -100,6 +119,7 @@ class HuggingFaceTokenizer:
             names=names,
             encode=self._encode_run,
             decode=self.decode,
+            swallows=[token["id"] for token in data["added_tokens"] if token["rstrip"]],
             context=context,
         )
         ids = {
@@ -115,7 +135,13 @@ class HuggingFaceTokenizer:
         self.bos_id = given.get("bos_token", given.get("eos_token", self.eos_id))
         self.pad_id = self._choose_pad(given)
         self.unk_id = given.get("unk_token", self.pad_id)
-        self._dropped = frozenset((self.pad_id, self.bos_id, self.eos_id))
+        others = sorted(set(self._config.get(END_IDS, ())) - {self.eos_id})
+        # An id without a token cannot be sampled.
+        self.extra_eos_ids = tuple(i for i in others if i < self.vocab_size)
+        specials = (self.pad_id, self.bos_id, self.eos_id)
+        self._dropped = frozenset((*specials, *self.extra_eos_ids))
+        self.document_end = self._choose_document_end(given)
+        self.document_start = self._choose_document_start(given)
 
     def _validate_template(self, given: Mapping[str, int]) -> None:
         if not self.template.source:
@@ -126,10 +152,10 @@ class HuggingFaceTokenizer:
                 )
             return
         for text, token in self._added.items():
-            swallows = token["lstrip"] or token["rstrip"] or token["single_word"]
+            swallows = token["lstrip"] or token["single_word"]
             if swallows and token["id"] in self.template.written:
                 raise DataError(
-                    f"{self._context}: {text!r} of its chat template swallows the blanks beside it"
+                    f"{self._context}: {text!r} of its chat template swallows the blanks before it"
                 )
 
     def _choose_pad(self, given: Mapping[str, int]) -> int:
@@ -140,6 +166,7 @@ class HuggingFaceTokenizer:
         candidates = []
         for text, i in self._specials.items():
             unused = i != self.eos_id and i not in self.template.written
+            unused = unused and text not in thoughts.MARKS
             if unused and (i not in busy or text in _PADS):
                 candidates.append(("pad" not in text.lower(), text not in _PADS, i))
         if candidates:
@@ -149,6 +176,23 @@ class HuggingFaceTokenizer:
         raise DataError(
             f"{self._context}: no token is free to be the pad, which must not be the eos"
         )
+
+    def _choose_document_end(self, given: Mapping[str, int]) -> int:
+        eos = given.get("eos_token", self.eos_id)
+        if eos != self.eos_id:
+            return eos
+        known = [
+            self._specials[text] for text in _DOCUMENT_ENDS if text in self._specials
+        ]
+        return known[0] if known else eos
+
+    def _choose_document_start(self, given: Mapping[str, int]) -> tuple[int, ...]:
+        adds = self._config.get("add_bos_token")
+        if "bos_token" not in given or adds is False:
+            return ()
+        bos = given["bos_token"]
+        written = self._backend.encode("", add_special_tokens=True).ids
+        return (bos,) if adds is True or bos in written[:1] else ()
 
     def __eq__(self, other: Any) -> bool:
         return (
@@ -181,13 +225,13 @@ class HuggingFaceTokenizer:
         """Writes tokenizer.json and tokenizer_config.json for transformers' AutoTokenizer.
 
         A pad that is a special token is written as the pad_token, so that readers too have a pad
-        that is not the eos.
+        that is not the eos. The class is the one that takes tokenizer.json as it is, and keys with
+        which a reader would take other code or other added tokens are left out.
         """
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **self._config,
-        }
+        config = {"clean_up_tokenization_spaces": False, **self._config}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for name in _OTHER_READERS:
+            config.pop(name, None)
         if self.template.source:
             config["chat_template"] = self.template.source
         for text, i in self._specials.items():
@@ -196,6 +240,10 @@ class HuggingFaceTokenizer:
         file = folder / CONFIG_FILE
         paths.write(file, json_text.encode(config, file, indent=2) + "\n")
         paths.write(folder / FILE, self._json)
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content of tokenizer.json."""
+        return json_text.parse(self._json)
 
     def export(self, folder: Path) -> None:
         """Writes the files for AutoTokenizer, as `save` does."""
@@ -260,7 +308,10 @@ class HuggingFaceTokenizer:
 
     def _byte_length(self, piece: str) -> int:
         if piece in self._added:
-            return 0 if self._added[piece]["special"] else len(piece.encode())
+            if self._added[piece]["special"]:
+                return 0
+            text = piece if self._over_bytes else piece.replace(_SPACE, " ")
+            return len(text.encode())
         if piece == self._unk:
             return 0
         if self._over_bytes:
@@ -275,7 +326,8 @@ class HuggingFaceTokenizer:
 def read_folder(folder: str | os.PathLike) -> HuggingFaceTokenizer:
     """Returns the tokenizer in a folder.
 
-    Reads tokenizer.json and, if present, the config, special tokens and chat template beside it.
+    Reads tokenizer.json and, if present, the config, special tokens, chat template and ids that end
+    a response beside it.
 
     Raises:
       DataError: tokenizer.json is missing, a file is damaged, or see HuggingFaceTokenizer.
@@ -283,7 +335,10 @@ def read_folder(folder: str | os.PathLike) -> HuggingFaceTokenizer:
     folder = paths.path(folder)
     path = folder / FILE
     backend = read_backend(path)
-    return HuggingFaceTokenizer(backend, read_config(folder), context=str(path))
+    config = read_config(folder)
+    if ids := end_ids(folder, config):
+        config[END_IDS] = ids
+    return HuggingFaceTokenizer(backend, config, context=str(path))
 
 
 def _from_json(
@@ -295,82 +350,3 @@ def _from_json(
 
 def _content(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _with_specials(
-    backend: tokenizers.Tokenizer, names: set[str], source: str
-) -> dict[str, Any]:
-    """Returns tokenizer.json with all special tokens marked as special.
-
-    Special are also the tokens in `names`, and the markers of the chat template `source`.
-    """
-    data = json_text.parse(backend.to_str()) | {"truncation": None, "padding": None}
-    added = data["added_tokens"]
-    for token in added:
-        text = token["content"]
-        token["special"] |= text in names or _is_marker(text, source)
-    known = {token["content"] for token in added}
-    for text in sorted(names - known):
-        i = backend.token_to_id(text)
-        if i is not None:
-            added.append({"id": i, "content": text, "special": True} | _PLAIN)
-    added.sort(key=lambda token: token["id"])
-    return data
-
-
-def _is_marker(text: str, source: str) -> bool:
-    """Returns whether a token is written by a chat template and is no ordinary word."""
-    if text in MARKERS.get(source, ()):
-        return True
-    return text in source and bool(re.search(r"[^\w\s]", text))
-
-
-def _backend(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(json_text.encode(data, FILE))
-    backend.encode_special_tokens = True  # encode specials in a text as ordinary text
-    return backend
-
-
-def _without_prefix(data: Mapping[str, Any], anywhere: bool = False) -> dict[str, Any]:
-    """Returns a tokenizer.json that puts no blank before a text that follows something.
-
-    Args:
-      anywhere: never put a blank, for text that follows text.
-    """
-    parts = {name: data[name] for name in ("normalizer", "pre_tokenizer")}
-    text = json_text.encode(parts, FILE)
-    text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    if anywhere:
-        text = text.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
-        text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')
-        # The normalizer of older Llama 2 files.
-        text = re.sub(r'"prepend": "[^"]*"', '"prepend": ""', text)
-    return {**data, **json_text.parse(text)}
-
-
-def _types(part: Mapping[str, Any] | None) -> set[str]:
-    """Returns the types of a decoder, pre-tokenizer or normalizer, and of its members."""
-    if not part:
-        return set()
-    for members in ("decoders", "pretokenizers", "normalizers"):
-        if members in part:
-            return set().union(*map(_types, part[members]))
-    return {part["type"]}
-
-
-def _over_bytes(data: Mapping[str, Any], context: str) -> bool:
-    """Returns whether pieces are spelled in bytes; else in characters, with a fallback to bytes."""
-    kind = data["model"]["type"]
-    decoders = _types(data["decoder"])
-    if kind == "BPE" and decoders & {"ByteLevel", "ByteFallback"}:
-        encoders = _types(data["pre_tokenizer"]) | _types(data["normalizer"])
-        if "ByteLevel" in decoders - encoders:
-            raise DataError(
-                f"{context}: a ByteLevel decoder, and no ByteLevel pre_tokenizer: "
-                "text would not come back as it was"
-            )
-        return "ByteLevel" in decoders
-    name = f"{kind} with decoder {'/'.join(sorted(decoders)) or 'none'}"
-    raise DataError(
-        f"{context}: {name}; accepted: BPE with a ByteLevel or a ByteFallback decoder"
-    )

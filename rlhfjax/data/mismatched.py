@@ -1,10 +1,11 @@
 """Prompts with the completions of other prompts, for KTO's KL (Ethayarajh et al. 2024)."""
 
-from collections.abc import Hashable, Sequence
+import hashlib
 
 import numpy as np
 
-from rlhfjax.data import examples
+from rlhfjax import json_text
+from rlhfjax.data import examples, verdicts
 from rlhfjax.data.accepted import validate_preference
 from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Source
@@ -30,17 +31,20 @@ class Mismatched:
     kind = "preferences"
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
-        self.skipped = source.skipped
+        self.skipped, self.merged = 0, 0  # `source` counts them
         self.accepted_by = (tokenizer, validate_preference)  # if `source` was
         self._source = source
         self._tokenizer = tokenizer
-        self._donors = _donors([_prompt_key(source[i]) for i in range(len(source))])
+        keys = verdicts.per_row(source, "prompt", np.uint64, _prompt_key)
+        self._donors = _donors(keys)
+        counts = verdicts.per_row(source, "completions", np.int32, _completions)
+        self.most_completions = int(counts[self._donors].max())
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Row:
-        donor = self._source[self._donors[index]]
+        donor = self._source[int(self._donors[index])]
         prompt, _ = examples.preference_ids(self._tokenizer, self._source[index])
         _, completions = examples.preference_ids(self._tokenizer, donor)
         return donor | {
@@ -52,29 +56,36 @@ class Mismatched:
         return f"{self._source.locate(index)} with the completions of another prompt"
 
 
-def _prompt_key(row: Row) -> Hashable:
-    """Returns a key that is equal for equal prompts, as text or as one user turn."""
+def _completions(row: Row) -> int:
+    return len(row["completions"])
+
+
+def _prompt_key(row: Row) -> int:
+    """Returns a hash of 64 bits that is equal for equal prompts, as text or as one user turn."""
     messages = examples.prompt_of(row)
-    return tuple((turn["role"], turn["content"]) for turn in messages)
+    turns = [[turn["role"], turn["content"]] for turn in messages]
+    text = json_text.encode(turns, "prompt")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _donors(keys: Sequence[Hashable]) -> list[int]:
-    """Returns for each row the row whose completions it takes, see `Mismatched`.
+def _donors(keys: np.ndarray) -> np.ndarray:
+    """Returns for each row the row whose completions it takes, see `Mismatched`: int64 [n].
 
     Args:
-      keys: equal for rows with the same prompt.
+      keys: uint64 [n], equal for rows with the same prompt.
     """
-    rows_by_key: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows_by_key.setdefault(key, []).append(row)
-    groups = list(rows_by_key.values())
-    if len(groups) < 2:
+    _, first, prompts = np.unique(keys, return_index=True, return_inverse=True)
+    if len(first) < 2:
         raise DataError(
             f"kto: all {len(keys)} rows have one prompt; completions of another are needed"
         )
-    donors = [0] * len(keys)
-    for number, rows in enumerate(groups):
-        others = groups[(number + len(groups) // 2) % len(groups)]
-        for i, row in enumerate(rows):
-            donors[row] = others[i % len(others)]
-    return donors
+    # Prompts are numbered by first appearance.
+    numbers = np.argsort(np.argsort(first))[prompts]
+    by_prompt = np.argsort(numbers, kind="stable")
+    counts = np.bincount(numbers)
+    starts = np.cumsum(counts) - counts
+    # A row is the i-th one of its prompt.
+    places = np.empty(len(keys), np.int64)
+    places[by_prompt] = np.arange(len(keys)) - np.repeat(starts, counts)
+    others = (numbers + len(first) // 2) % len(first)
+    return by_prompt[starts[others] + places % counts[others]]

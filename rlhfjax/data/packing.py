@@ -1,8 +1,8 @@
 """Packs examples into rows of one length, with grain, whose state can be saved.
 
 An example is int32 [t, 3]: input, target, and 1 where the target counts. An example of fine-tuning
-is int32 [t, 4], see `examples.fine_tuning`. Concatenated examples are split where a row is full;
-first-fit packing keeps them whole.
+is int32 [t, 4] or [t, 5], see `examples.fine_tuning` and `examples.with_documents`. Concatenated
+examples are split where a row is full; first-fit packing keeps them whole.
 """
 
 from typing import Any
@@ -80,3 +80,8 @@ def to_row(
 def examples_cut(packed: dict[str, Any]) -> np.ndarray:
     """Returns how many examples of a packed row lost tokens, float32 []."""
     return np.array(packed[_FEATURE][:, 3].sum(), np.float32)
+
+
+def document_marks(packed: dict[str, Any]) -> np.ndarray:
+    """Returns 1 on the tokens of documents of a packed row of fine-tuning, float32 [t]."""
+    return packed[_FEATURE][:, 4].astype(np.float32)

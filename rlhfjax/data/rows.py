@@ -1,4 +1,4 @@
-"""Rows of four kinds: each is validated and brought into one form, whatever its source looks like.
+"""Rows of six kinds: each is validated and brought into one shape, whatever its source looks like.
 
 text         {"text": str}
 messages     {"messages": [{"role": str, "content": str}, ...]}, one entry per turn; also
@@ -6,6 +6,11 @@ messages     {"messages": [{"role": str, "content": str}, ...]}, one entry per t
 prompt       {"messages": [...]} that ends with a user turn; a plain string is one user turn
 preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2; also the
              tokens if stored, and the messages if the prompt was a conversation
+unpaired     {"messages": [...] that ends with a user turn, "response": str, "desirable": bool}
+steps        {"messages": [...] that ends with a user turn, "steps": [str] * n,
+             "labels": [float] * n}, n >= 1: how good each step of a response is, from -1 to 1
+
+`normalize` reads rows with the columns above; `forms` brings rows of other forms to them.
 """
 
 import hashlib
@@ -18,6 +23,17 @@ import numpy as np
 
 from rlhfjax import json_text
 from rlhfjax.data import chat
+from rlhfjax.data.columns import (
+    BadRow,
+    as_list,
+    flag,
+    number,
+    plain,
+    string,
+    whole_numbers,
+)
+from rlhfjax.data.tools import DEFINITIONS
+from rlhfjax.data.turns import parsed, read_definitions, read_turns, with_definitions
 from rlhfjax.errors import ConfigError
 from rlhfjax.renamed import row_with_present_names
 
@@ -28,6 +44,8 @@ COLUMNS = {
     "messages": ("messages",),
     "prompt": ("prompt",),
     "preferences": ("prompt", "completions", "scores"),
+    "unpaired": ("messages", "response", "desirable"),
+    "steps": ("messages", "steps", "labels"),
 }
 PAIR = ("prompt", "chosen", "rejected")
 # Columns that are kept if they are there.
@@ -45,18 +63,8 @@ _STORED = {
 
 MOST_COMPLETIONS = 10_000
 """Completions of a prompt; every row of a batch has room for as many as the largest row has."""
-_MOST_ID = int(np.iinfo(np.int32).max)
-# Types of whole numbers; a bool is none.
-_WHOLE = frozenset(
-    [int, *(kind for kind in np.sctypeDict.values() if issubclass(kind, np.integer))]
-)
-_MOST_SCORE = float(np.finfo(np.float32).max)
 # What a conversation as JSON begins with, and hardly any other text.
 _CONVERSATION = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')
-
-
-class BadRow(Exception):
-    """Why a row cannot be used; the source adds where the row stands."""
 
 
 def split_of(key: str | bytes, validation: float = 0.05, test: float = 0.05) -> str:
@@ -105,6 +113,11 @@ def validate_kind(kind: str, columns: Mapping[str, str]) -> None:
         raise ConfigError("source: columns['messages'] follows from 'prompt'")
 
 
+def optional_columns(kind: str) -> tuple[str, ...]:
+    """Returns the columns that are kept where a row has them."""
+    return () if kind == "text" else (*_STORED.get(kind, ()), DEFINITIONS)
+
+
 def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
     """Returns the columns that a source must have, by the source's names."""
     pair = kind == "preferences" and "chosen" in columns
@@ -126,15 +139,34 @@ def normalize(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> 
     raw = row_with_present_names(raw)
     for name in required_columns(kind, columns):
         if name not in raw:
-            raise BadRow(f"no column {name!r}, found {_names(raw)}")
-    row = {name: _plain(raw[column]) for name, column in columns.items()}
-    for name in (*COLUMNS[kind], *_STORED.get(kind, ())):
+            raise BadRow(f"no column {name!r}, found {names_of(raw)}")
+    row = {name: plain(raw[column]) for name, column in columns.items()}
+    for name in (*COLUMNS[kind], *optional_columns(kind)):
         if name not in row and name in raw:
-            row[name] = _plain(raw[name])
-    return _NORMALIZERS[kind](row)
+            row[name] = plain(raw[name])
+    return finish(kind, row)
 
 
-def _names(raw: Mapping[str, Any]) -> str:
+def finish(kind: str, row: Row) -> Row:
+    """Returns a row with the columns of its kind as `normalize` does. Raises BadRow."""
+    if kind == "text" or DEFINITIONS not in row:
+        return _NORMALIZERS[kind](row)
+    definitions = read_definitions(row.pop(DEFINITIONS))
+    row = _NORMALIZERS[kind](row)
+    return _with_definitions(row, definitions) if definitions else row
+
+
+def _with_definitions(row: Row, definitions: str) -> Row:
+    """Returns a row whose conversation has definitions of tools in its system message."""
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    messages = with_definitions(messages, definitions)
+    changed: Row = {"messages": messages}
+    if "prompt" in row:
+        changed["prompt"] = chat.to_text(messages)
+    return row | changed
+
+
+def names_of(raw: Mapping[str, Any]) -> str:
     """Returns the columns of a row for an error message."""
     found = ", ".join(map(str, itertools.islice(raw, 20))) or "none"
     found = found if found.isprintable() else repr(found)
@@ -142,35 +174,43 @@ def _names(raw: Mapping[str, Any]) -> str:
 
 
 def _normalize_text(row: Row) -> Row:
-    return row | {"text": _string(row["text"], "text")}
+    return row | {"text": string(row["text"], "text")}
 
 
 def _normalize_messages(row: Row) -> Row:
-    messages = _turns(_parsed(row["messages"], "messages"), "messages")
+    messages = read_turns(parsed(row["messages"], "messages"), "messages")
     _validate_together(row, "prompt_tokens", "response_tokens")
     tokens = {
-        name: _ids(row[name], name) for name in _STORED["messages"] if name in row
+        name: whole_numbers(row[name], name)
+        for name in _STORED["messages"]
+        if name in row
     }
     return row | {"messages": messages} | tokens
 
 
 def _normalize_prompt(row: Row) -> Row:
-    turns = _prompt_turns(row.pop("prompt"))
+    return row | {"messages": _asked(_prompt_turns(row.pop("prompt")), "prompt")}
+
+
+def _asked(turns: list[chat.Message], column: str) -> list[chat.Message]:
+    """Returns turns that a response can follow."""
     if turns[-1]["role"] != "user":
-        raise BadRow(f"prompt must end with a user turn, ends with {turns[-1]['role']}")
-    return row | {"messages": turns}
+        raise BadRow(
+            f"{column} must end with a user turn, ends with {turns[-1]['role']}"
+        )
+    return turns
 
 
 def _prompt_turns(value: Any) -> list[chat.Message]:
     """Returns a conversation, given as such or as JSON; any other text is one user turn."""
     if isinstance(value, str):
         if _CONVERSATION.match(value):
-            value = _parsed(value, "prompt")
+            value = parsed(value, "prompt")
         else:
             value = _messages(value) or [
-                {"role": "user", "content": _string(value, "prompt")}
+                {"role": "user", "content": string(value, "prompt")}
             ]
-    return _turns(value, "prompt")
+    return read_turns(value, "prompt")
 
 
 def _messages(text: str) -> list[dict[str, Any]]:
@@ -188,20 +228,20 @@ def _normalize_preferences(row: Row) -> Row:
     if "chosen" in row:
         row["completions"] = [row.pop("chosen"), row.pop("rejected")]
         row["scores"] = [1.0, 0.0]
-    completions = _list(row["completions"], "completions")
+    completions = as_list(row["completions"], "completions")
     if not 2 <= len(completions) <= MOST_COMPLETIONS:
         raise BadRow(
             f"a prompt needs at least 2 completions, got {len(completions)}"
             + ("" if len(completions) < 2 else f"; at most {MOST_COMPLETIONS}")
         )
-    completions = [_string(text, "completions", empty=True) for text in completions]
-    scores = [_number(score) for score in _list(row["scores"], "scores")]
+    completions = [string(text, "completions", empty=True) for text in completions]
+    scores = [number(score) for score in as_list(row["scores"], "scores")]
     if len(scores) != len(completions):
         raise BadRow(f"{len(completions)} completions but {len(scores)} scores")
     if not isinstance(row["prompt"], str):
         row["messages"] = _normalize_prompt(dict(row))["messages"]
         row["prompt"] = chat.to_text(row["messages"])
-    row["prompt"] = _string(row["prompt"], "prompt")
+    row["prompt"] = string(row["prompt"], "prompt")
     row["completions"] = completions
     row["scores"] = scores
     _validate_ranking(row, len(completions))
@@ -211,22 +251,22 @@ def _normalize_preferences(row: Row) -> Row:
 def _validate_ranking(row: Row, k: int) -> None:
     """Validates the ranks of a row and its labeler, if they are stored."""
     if "ranks" in row:
-        ranks = _ids(row["ranks"], "ranks")
+        ranks = whole_numbers(row["ranks"], "ranks")
         if len(ranks) != k or ranks.min() < 1:
             raise BadRow(
                 f"column 'ranks' must hold {k} whole numbers from 1, the best,"
                 f" got {json_text.shown(ranks.tolist())}"
             )
     if row.get("labeler") is not None:
-        row["labeler"] = _string(row["labeler"], "labeler", empty=True)
+        row["labeler"] = string(row["labeler"], "labeler", empty=True)
 
 
 def _stored_tokens(row: Row, k: int) -> Row:
     """Returns the stored ids of the prompt and of each completion; nothing if none are stored."""
     _validate_together(row, "tokens", "token_counts")
     if "token_counts" in row:  # how ArrayRecord holds lists of unequal length
-        counts = _ids(row.pop("token_counts"), "token_counts")
-        tokens = _ids(row.pop("tokens"), "tokens")
+        counts = whole_numbers(row.pop("token_counts"), "token_counts")
+        tokens = whole_numbers(row.pop("tokens"), "tokens")
         ends = np.cumsum(counts, dtype=np.int64)
         total = ends[-1] if len(ends) else 0
         if total != len(tokens):
@@ -236,12 +276,12 @@ def _stored_tokens(row: Row, k: int) -> Row:
     if "prompt_tokens" not in row:
         return {}
     completions = [
-        _ids(ids, "completion_tokens")
-        for ids in _list(row["completion_tokens"], "completion_tokens")
+        whole_numbers(tokens, "completion_tokens")
+        for tokens in as_list(row["completion_tokens"], "completion_tokens")
     ]
     if len(completions) != k:
         raise BadRow(f"{k} completions but {len(completions)} completion_tokens")
-    prompt = _ids(row["prompt_tokens"], "prompt_tokens")
+    prompt = whole_numbers(row["prompt_tokens"], "prompt_tokens")
     return {"prompt_tokens": prompt, "completion_tokens": completions}
 
 
@@ -250,119 +290,33 @@ def _validate_together(row: Row, first: str, second: str) -> None:
         raise BadRow(f"{first} and {second} go together, found one alone")
 
 
-def _parsed(value: Any, column: str) -> Any:
-    """Returns the value of a column that may be JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json_text.parse(value)
-    except json_text.NotJson as error:
+def _normalize_unpaired(row: Row) -> Row:
+    return row | {
+        "messages": _asked(_prompt_turns(row["messages"]), "messages"),
+        "response": string(row["response"], "response", empty=True),
+        "desirable": flag(row["desirable"], "desirable"),
+    }
+
+
+def _normalize_steps(row: Row) -> Row:
+    steps = [string(step, "steps") for step in as_list(row["steps"], "steps")]
+    labels = [_label(label) for label in as_list(row["labels"], "labels")]
+    if len(steps) != len(labels) or not steps:
         raise BadRow(
-            f"column {column!r} is neither a list of messages nor its JSON ({error})"
-        ) from None
-
-
-def _turns(value: Any, column: str) -> list[chat.Message]:
-    """Returns the turns of a conversation, given as a list of messages or as two lists."""
-    if _is_message(value):  # TFDS reads a sequence of dicts as a dict of sequences
-        roles = _list(value["role"], column)
-        contents = _list(value["content"], column)
-        if len(roles) != len(contents):
-            raise BadRow(
-                f"column {column!r} has {len(roles)} roles for {len(contents)} contents"
-            )
-        value = [
-            {"role": role, "content": content}
-            for role, content in zip(roles, contents, strict=True)
-        ]
-    turns = [_message(message, column) for message in _list(value, column)]
-    if not turns:
-        raise BadRow(f"column {column!r} has no messages")
-    return chat.merge_turns(turns)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "role" in value and "content" in value
-
-
-def _message(value: Any, column: str) -> chat.Message:
-    if not _is_message(value):
-        raise BadRow(
-            f"column {column!r}: a message needs 'role' and 'content',"
-            f" got {json_text.shown(value)}"
+            f"{len(steps)} steps and {len(labels)} labels; expected as many, at least one"
         )
-    role = _string(value["role"], "role")
-    if role not in chat.ROLES:
+    messages = _asked(_prompt_turns(row["messages"]), "messages")
+    return row | {"messages": messages, "steps": steps, "labels": labels}
+
+
+def _label(value: Any) -> float:
+    is_number = isinstance(value, bool | int | float | np.number | np.bool_)
+    if not is_number or not -1 <= value <= 1:  # False for NaN too
         raise BadRow(
-            f"column {column!r}: role {json_text.shown(role)} is none of "
-            + ", ".join(chat.ROLES)
-        )
-    return {"role": role, "content": _string(value["content"], "content")}
-
-
-def _plain(value: Any) -> Any:
-    """Returns text where TFDS has bytes, and any other value as it is."""
-    if not isinstance(value, bytes | np.bytes_):
-        return value
-    try:
-        return bytes(value).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow(f"invalid UTF-8 at byte {error.start}") from error
-
-
-def _string(value: Any, column: str, empty: bool = False) -> str:
-    if type(value) is not str:
-        value = _plain(value)
-    if not isinstance(value, str):
-        raise BadRow(f"column {column!r} must be text, got {type(value).__name__}")
-    if not empty and not value.strip():
-        raise BadRow(f"column {column!r} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise BadRow(
-            f"column {column!r} has a lone surrogate at character {error.start}"
-        ) from error
-    return value
-
-
-def _list(value: Any, column: str) -> list:
-    is_list = isinstance(value, list | tuple)
-    if not is_list and not (isinstance(value, np.ndarray) and value.ndim):
-        raise BadRow(f"column {column!r} must be a list, got {type(value).__name__}")
-    return list(value)
-
-
-def _number(value: Any) -> float:
-    numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    # False for NaN too.
-    if not numeric or not -_MOST_SCORE <= value <= _MOST_SCORE:
-        raise BadRow(
-            "column 'scores' must hold finite numbers in the range of float32,"
+            "column 'labels' must hold numbers from -1 to 1,"
             f" got {json_text.shown(value)}"
         )
     return float(value)
-
-
-def _ids(value: Any, column: str) -> np.ndarray:
-    """Returns whole numbers as int32 [n]."""
-    low, high = 0, 0
-    if isinstance(value, np.ndarray):
-        # NumPy gives an empty list the type of floats.
-        whole = value.ndim == 1 and (value.dtype.kind in "iu" or not value.size)
-        if whole and value.size:
-            low, high = value.min(), value.max()
-    else:
-        value = _list(value, column)
-        whole = _WHOLE.issuperset(map(type, value))
-        if whole and value:
-            low, high = min(value), max(value)
-    if not whole or low < 0 or high > _MOST_ID:
-        raise BadRow(
-            f"column {column!r} must hold non-negative integers of 32 bits,"
-            f" got {json_text.shown(value)}"
-        )
-    return np.array(value, np.int32)
 
 
 _NORMALIZERS: dict[str, Callable[[Row], Row]] = {
@@ -370,4 +324,6 @@ _NORMALIZERS: dict[str, Callable[[Row], Row]] = {
     "messages": _normalize_messages,
     "prompt": _normalize_prompt,
     "preferences": _normalize_preferences,
+    "unpaired": _normalize_unpaired,
+    "steps": _normalize_steps,
 }

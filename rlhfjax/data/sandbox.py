@@ -26,6 +26,7 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 
+from rlhfjax import template_date
 from rlhfjax.data import template_cost
 from rlhfjax.data.template_cost import CALL, ESCAPE, ITEM, Budget, Metered
 from rlhfjax.errors import DataError, first_line
@@ -72,7 +73,7 @@ _COMPARING_TESTS = frozenset(
 
 
 class Program:
-    """A compiled chat template. Its date is that of the compilation.
+    """A compiled chat template. Its date is that of `template_date` at the compilation.
 
     Args:
       source: Jinja source.
@@ -194,7 +195,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise,
-            "strftime_now": self._clock(datetime.datetime.now()),
+            "strftime_now": self._clock(template_date.now()),
             "namespace": _Namespace,
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         }
@@ -292,7 +293,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def strftime_now(form: str) -> str:
             width = len(form) + template_cost.numbers_in(form)
             self.budget.spend(CALL * width)
-            return now.strftime(form)
+            return template_date.written(now, form)
 
         return strftime_now
 

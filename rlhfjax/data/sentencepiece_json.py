@@ -20,8 +20,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, processors
 
+from rlhfjax.data.built_in_templates import MARKERS, OURS
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
-from rlhfjax.data.template import MARKERS, OURS
 from rlhfjax.data.tokenizer_files import CONFIG_FILE, FILE, read_config
 from rlhfjax.paths import Path
 
@@ -29,6 +29,7 @@ MODEL_FILE = "tokenizer.model"
 # Our key in tokenizer_config.json: the file that tokenizer.json was converted from.
 CONVERTED_FROM = "rlhfjax_converted_from"
 _SPACE = "\u2581"  # how SentencePiece spells a blank
+BYTE = "<0x{:02X}>"  # how it spells a byte
 _BPE = 2  # of TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPECIAL = (_UNKNOWN, _CONTROL, _USER_DEFINED)
@@ -39,7 +40,7 @@ def obstacle(model: bytes) -> str | None:
 
     Models of `train_sentencepiece` are converted if they are BPE.
     """
-    content = _parsed(model)
+    content = parsed(model)
     normalizer, trainer = content.normalizer_spec, content.trainer_spec
     if trainer.model_type != _BPE:
         return "it is not BPE"
@@ -73,14 +74,14 @@ def convert(
       names: text of bos_token, eos_token, pad_token and unk_token.
       template: source of the chat template.
     """
-    pieces = _parsed(model).pieces
+    pieces = parsed(model).pieces
     ids = {_spelled(piece.piece): i for i, piece in enumerate(pieces)}
     scores = {
         _spelled(piece.piece): piece.score for piece in pieces if piece.type == _NORMAL
     }
     bpe = models.BPE(
         vocab=ids,
-        merges=list(_merges(scores)),
+        merges=list(merges(scores)),
         byte_fallback=True,
         unk_token=names["unk_token"],
     )
@@ -108,7 +109,8 @@ def is_converted(folder: Path) -> bool:
     return is_ours and config.get(CONVERTED_FROM) == MODEL_FILE
 
 
-def _parsed(model: bytes) -> Any:
+def parsed(model: bytes) -> Any:
+    """Returns the content of a SentencePiece model."""
     proto: Any = sentencepiece_model_pb2  # made at run time: no type checker can see it
     return proto.ModelProto.FromString(model)
 
@@ -117,8 +119,12 @@ def _spelled(piece: str) -> str:
     return piece.replace(_SPACE, " ")
 
 
-def _merges(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of pieces that are merged, those of the best score first."""
+def merges(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of pieces that are merged, those of the best score first.
+
+    Args:
+      scores: scores of the pieces that pairs may be merged to.
+    """
     for text in sorted(scores, key=scores.__getitem__, reverse=True):
         for i in range(1, len(text)):
             left, right = text[:i], text[i:]

@@ -2,13 +2,13 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from rlhfjax import network, paths
-from rlhfjax.data import corpora
+from rlhfjax.data import corpora, dataset_folders, kept
 from rlhfjax.errors import DataError, UserError, first_line
 
 HUGGING_FACE = "huggingface:"
@@ -33,8 +33,23 @@ class TfdsRecords:
         return f"{self._name} record {index}"
 
 
+class LargeTfdsRecords(TfdsRecords, kept.Kept):
+    """A split of a dataset that is too large to read all of it at every start."""
+
+    def __init__(self, name: str, data: Sequence[Mapping[str, Any]], folder: Any):
+        TfdsRecords.__init__(self, name, data)
+        kept.Kept.__init__(self, folder, name)
+
+    def essence(self, index: int) -> bytes:
+        return b""  # the dataset has its own splits
+
+
 def open_records(
-    spec: str, name: str, split: str, data_dir: Any, needed: Sequence[str]
+    spec: str,
+    name: str,
+    split: str,
+    data_dir: Any,
+    needed: Callable[[Collection[str]], Sequence[str]],
 ) -> TfdsRecords:
     """Returns a split of a dataset.
 
@@ -42,14 +57,14 @@ def open_records(
       spec: the source, for errors.
       name: NAME[/CONFIG] or a folder.
       data_dir: as `sources.open_source` takes it.
-      needed: columns that the dataset must have.
+      needed: takes the dataset's columns and returns those that it must have.
     Raises:
       DataError: there is no such dataset, split or column, or a file is damaged or missing.
     """
     builder = _builder(spec, name, data_dir)
     # A FeaturesDict, which TFDS's annotation does not say.
     features: Any = builder.info.features
-    for column in needed:
+    for column in needed(list(features)):
         if column not in features:
             raise DataError(
                 f"source {spec!r}: no column {column!r}, found {', '.join(features)}; "
@@ -72,7 +87,13 @@ def open_records(
         for file in info.filepaths:
             _validate_there(file, context)
     _read(context, lambda: data[0] if len(data) else None)  # opens the first file
-    return TfdsRecords(f"tfds:{builder.name}[{split}]", data)
+    name = f"tfds:{builder.name}[{split}]"
+    files = [file for info in builder.info.splits.values() for file in info.filepaths]
+    local = [paths.path(file) for file in files]
+    folder = kept.kept_folder(local, [name, builder.info.full_name])
+    if folder is None:
+        return TfdsRecords(name, data)
+    return LargeTfdsRecords(name, data, folder)
 
 
 def _validate_there(file: os.PathLike, context: str) -> None:
@@ -97,7 +118,7 @@ def _read(context: str, read: Callable[[], Any]) -> Any:
 
 def _builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
     """Returns the builder of a dataset by name, or of a folder that TFDS wrote."""
-    if corpora.is_dataset(name):
+    if dataset_folders.is_dataset(name):
         return corpora.open_folder(paths.path(name))
     folder = _data_dir(data_dir)
     return corpora.prepare_for(folder, _named(spec, name, folder))
@@ -109,12 +130,12 @@ def folder_to_prepare(spec: str, name: str, data_dir: Any) -> paths.Path | None:
     Raises:
       DataError: there is no such dataset.
     """
-    if corpora.is_dataset(name):
+    if dataset_folders.is_dataset(name):
         return None
     folder = _data_dir(data_dir)
     builder = _named(spec, name, folder)
     target = folder / os.path.relpath(builder.data_dir, corpora.writable(folder))
-    return None if (target / corpora.INFO).exists() else target
+    return None if (target / dataset_folders.INFO).exists() else target
 
 
 def _data_dir(given: Any) -> paths.Path:
@@ -126,7 +147,7 @@ def _named(spec: str, name: str, data_dir: paths.Path) -> tfds.core.DatasetBuild
     """Returns the builder of a dataset of TFDS's catalogue, or one of our datasets."""
     if name.startswith((os.sep, ".", "~")) or (os.sep in name and os.path.isdir(name)):
         raise DataError(
-            f"source {spec!r}: there is no dataset: no {corpora.INFO} in such a folder"
+            f"source {spec!r}: there is no dataset: no {dataset_folders.INFO} in such a folder"
         )
     if name.startswith(HUGGING_FACE):
         reason = network.unreachable(["https://huggingface.co"])

@@ -17,7 +17,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from rlhfjax import paths, sums
 from rlhfjax.data import hf_tokenizer, sentencepiece_json
-from rlhfjax.data.template import OURS, Template
+from rlhfjax.data.built_in_templates import OURS
+from rlhfjax.data.template import Template
 from rlhfjax.data.tokenizer_files import FILES as HUGGING_FACE_FILES
 from rlhfjax.errors import ConfigError, DataError, first_line
 from rlhfjax.paths import Path
@@ -39,14 +40,19 @@ class Tokenizer(Protocol):
     """Text to ids and back. Tokenizers that are equal give the same ids.
 
     `encode` adds no specials and never returns the id of a chat marker. `eos_id` ends the
-    assistant's turn, and the sampler stops on it; `pad_id` is another id.
+    assistant's turn, and the sampler stops on it as it does on `extra_eos_ids`. `pad_id` is another
+    id than `eos_id`. In pretraining a document stands between `document_start`, which is bos or
+    nothing, and `document_end`.
     """
 
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
+    extra_eos_ids: tuple[int, ...] = ()
     unk_id: int
+    document_start: tuple[int, ...]
+    document_end: int
     template: Template
 
     def encode(self, text: str) -> list[int]: ...
@@ -75,6 +81,8 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model with byte fallback: `decode(encode(text)) == text` for any valid text.
 
+    `model` is the content of its file.
+
     Raises:
       DataError: the file is missing, is not a model, or pad, bos, eos and unk are not four ids.
     """
@@ -82,9 +90,9 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | os.PathLike, model: bytes | None = None):
         """Reads the file, unless `model` has its content."""
         try:
-            self._model = paths.read(paths.path(path)) if model is None else model
-            _validate_whole(self._model)
-            sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+            self.model = paths.read(paths.path(path)) if model is None else model
+            _validate_whole(self.model)
+            sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
             self._ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
         except (RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8
             raise DataError(
@@ -98,6 +106,8 @@ class SentencePieceTokenizer:
                 f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}"
             )
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = specials
+        self.extra_eos_ids = ()
+        self.document_start, self.document_end = (self.bos_id,), self.eos_id
         markers = list(filter(_is_marker, self._ids))
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
         # The id of a missing piece is that of unk.
@@ -114,14 +124,14 @@ class SentencePieceTokenizer:
         )
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, SentencePieceTokenizer) and self._model == other._model
+        return isinstance(other, SentencePieceTokenizer) and self.model == other.model
 
     def __hash__(self) -> int:
-        return hash(self._model)
+        return hash(self.model)
 
     def save(self, folder: Path) -> None:
         """Writes the model file into a folder."""
-        paths.write(folder / MODEL_FILE, self._model)
+        paths.write(folder / MODEL_FILE, self.model)
 
     def export(self, folder: Path) -> None:
         """Writes the model file, and tokenizer.json beside it if that can give the same ids."""
@@ -133,8 +143,8 @@ class SentencePieceTokenizer:
             "unk_token": self.unk_id,
         }
         names = {name: self._sp.id_to_piece(i) for name, i in ids.items()}
-        if sentencepiece_json.obstacle(self._model) is None:
-            sentencepiece_json.convert(self._model, names, OURS).save(folder)
+        if sentencepiece_json.obstacle(self.model) is None:
+            sentencepiece_json.convert(self.model, names, OURS).save(folder)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text. A chat marker in it is encoded as ordinary characters."""
@@ -211,6 +221,7 @@ def train_sentencepiece(
     *,
     vocab_size: int = 4096,
     model_type: str = "bpe",
+    character_coverage: float | None = None,
 ) -> SentencePieceTokenizer:
     """Trains a tokenizer and writes it, whole or not at all.
 
@@ -219,6 +230,8 @@ def train_sentencepiece(
 
     Args:
       path: a model file, or a folder to put one in.
+      character_coverage: share of the text's characters that are pieces of their own, 0.98 to 1;
+        the rest is spelled in bytes. None: SentencePiece's, 0.9995.
     Raises:
       ConfigError: the vocabulary size does not suit the corpus.
       DataError: there is no text, or a text does not survive the round trip.
@@ -228,6 +241,10 @@ def train_sentencepiece(
     if not any(text.strip() for text in sample):
         raise DataError("tokenizer: no text to train on")
     model = io.BytesIO()
+    # A given default would be stored in the model, whose bytes would differ.
+    coverage: Any = (
+        {} if character_coverage is None else {"character_coverage": character_coverage}
+    )
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(itertools.chain(sample, texts)),
@@ -248,10 +265,11 @@ def train_sentencepiece(
             unk_id=3,
             num_threads=1,  # with more threads, unigram models differ from run to run
             minloglevel=2,
+            **coverage,
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {first_line(error)}"
+            f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {_reason(error)}"
         ) from error
     path = paths.path(path)
     path = path if path.suffix == ".model" else path / MODEL_FILE
@@ -260,6 +278,20 @@ def train_sentencepiece(
     paths.make_folder(path.parent)
     paths.write(path, model.getvalue())
     return tokenizer
+
+
+_REQUIRED = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+
+
+def _reason(error: Exception) -> str:
+    """Returns why SentencePiece does not train."""
+    required = _REQUIRED.search(str(error))
+    if required is None:
+        return first_line(error)
+    return (
+        f"the text's characters alone need {required[1]} ids; increase vocab_size, or decrease"
+        " character_coverage (the other characters are then spelled in bytes)"
+    )
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from rlhfjax import json_text, paths
-from rlhfjax.data.template import read_template
+from rlhfjax.data.built_in_templates import read_template
 from rlhfjax.errors import DataError, first_line
 from rlhfjax.json_text import Object, named, shown
 from rlhfjax.paths import Path

@@ -30,7 +30,7 @@ class Interval(NamedTuple):
     value: float  # the estimate
     low: float
     high: float
-    method: str  # "Wilson", "BCa", "t", "Wald" or "Fisher"
+    method: str  # "Wilson", "BCa", "t", "Wald", "Fisher" or "bootstrap of members"
 
 
 def wilson(wins: float | int, n: int, *, level: float = 0.95) -> Interval:

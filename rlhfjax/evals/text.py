@@ -10,6 +10,7 @@ _HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 _KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 _UNSPACED = _HAN + _KANA
 _RUN = f"[^\\W_{_UNSPACED}]+"
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _WORD = re.compile(f"(?![\\W_])[{_UNSPACED}]|{_RUN}(?:['’]{_RUN})*")
 
 
@@ -19,6 +20,17 @@ def words(text: str) -> list[str]:
     Chinese and Japanese are written without spaces: each Chinese character and each kana is a word.
     """
     return _WORD.findall(text.lower())
+
+
+def count_runs(text: str) -> int:
+    """Returns the number of runs between blanks, punctuation included: words as `wc` counts them.
+
+    A run with Chinese characters or kana, which stand without blanks, counts as its `words`.
+    """
+    return sum(
+        len(words(run)) if _UNSPACED_CHARACTER.search(run) else 1
+        for run in text.split()
+    )
 
 
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Export of our models as Hugging Face folders."""
+"""Export of our models as Hugging Face folders, and as files for llama.cpp."""
 
 import math
 
@@ -6,10 +6,18 @@ import jax
 
 from rlhfjax import json_text, paths
 from rlhfjax.config import write_json
-from rlhfjax.data.tokenizer import MODEL_FILE
+from rlhfjax.data.tokenizer import MODEL_FILE, Tokenizer
 from rlhfjax.data.tokenizer_files import FILE as TOKENIZER_JSON
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop import foreign, generation_config, model_card, store
+from rlhfjax.interop import (
+    foreign,
+    generation_config,
+    model_card,
+    qwen2_folder,
+    store,
+)
+from rlhfjax.interop.gguf import save_gguf
+from rlhfjax.interop.gguf_file import open_gguf
 from rlhfjax.interop.hf import save_hf
 from rlhfjax.interop.model_card import Exported
 from rlhfjax.mesh import make_layout
@@ -20,7 +28,12 @@ _CARD = "README.md"
 
 
 def export(
-    name: str | Path, folder: Path, *, dtype: str = "float32", drop_bias: bool = False
+    name: str | Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    drop_bias: bool = False,
+    adapter: str = "",
 ) -> str:
     """Writes a model and its tokenizer as a folder that `transformers` loads, whole or not at all.
 
@@ -30,6 +43,7 @@ def export(
     Args:
       name: one of our models, or a foreign name.
       dtype, drop_bias: see `save_hf`.
+      adapter: a PEFT folder, which is merged into the model; empty: none.
     Returns:
       What was written and how it is loaded, for people.
     Raises:
@@ -38,13 +52,10 @@ def export(
     """
     if folder.exists():
         raise ConfigError(f"--to={folder}: it exists; name a new folder")
-    saved = store.load(name, make_layout())
+    loaded = store.load(name, make_layout(), adapter)
+    saved = qwen2_folder.for_transformers(loaded)
     tokenizer = saved.tokenizer
-    ids = {
-        "pad": tokenizer.pad_id,
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-    }
+    ids = _special_ids(tokenizer, saved.model.head)
     written: list[Exported] = []
 
     def write_others(temporary: Path) -> None:
@@ -56,6 +67,7 @@ def export(
         exported = Exported(
             folder=str(folder),
             source=str(name),
+            adapter=adapter,
             architecture=config["architectures"][0],
             parameters=_count(saved.model),
             dtype=dtype,
@@ -79,7 +91,54 @@ def export(
         write_others=write_others,
         drop_bias=drop_bias,
     )
-    return _summary(written[0], sizes)
+    summary = _summary(written[0], sizes)
+    return summary if saved is loaded else f"{qwen2_folder.NOTE}\n{summary}"
+
+
+def _special_ids(tokenizer: Tokenizer, head: str) -> dict[str, int | list[int]]:
+    """Returns the ids of pad, bos and eos; of a language model all ids that end a response."""
+    ids: dict[str, int | list[int]] = {
+        "pad": tokenizer.pad_id,
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+    }
+    if head == "lm" and tokenizer.extra_eos_ids:
+        ids["eos"] = [tokenizer.eos_id, *tokenizer.extra_eos_ids]
+    return ids
+
+
+def export_gguf(
+    name: str | Path,
+    file: Path,
+    *,
+    dtype: str = "float16",
+    adapter: str = "",
+) -> str:
+    """Writes a language model, its tokenizer and its chat template as one GGUF file.
+
+    Args:
+      name: one of our models, or a foreign name.
+      dtype: see `save_gguf`.
+      adapter: see `export`.
+    Returns:
+      What was written and how it is used, for people.
+    Raises:
+      ConfigError: the file exists, llama.cpp cannot express the model or the tokenizer, or the gguf
+        package is not installed.
+      CheckpointError: there is no such model.
+    """
+    if file.exists():
+        raise ConfigError(f"--to={file}: it exists; name a new file")
+    saved = store.load(name, make_layout(), adapter)
+    save_gguf(file, saved.model, saved.params, saved.tokenizer, dtype)
+    architecture = open_gguf(file)[0]["general.architecture"]
+    lines = [
+        f"wrote {file}: {architecture}, {_count(saved.model):,} parameters, {dtype}, "
+        f"{_readable(paths.size(file))}",
+        f"with llama.cpp: llama-cli -m {file}",
+        f"or: rlhfjax chat --model=gguf:{file}",
+    ]
+    return "\n".join(lines)
 
 
 def _count(model: Model) -> int:

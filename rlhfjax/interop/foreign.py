@@ -54,7 +54,7 @@ def _hf(folder: str) -> Foreign:
     return Foreign(
         model,
         params=lambda layout: hf.load_hf(folder, layout)[1],
-        tokenizer=lambda: _validated(_hf_tokenizer(folder), model, f"hf:{folder}"),
+        tokenizer=lambda: validated(_hf_tokenizer(folder), model, f"hf:{folder}"),
     )
 
 
@@ -112,11 +112,11 @@ def _gguf(file: str | Path) -> Foreign:
     return Foreign(
         model,
         params=params,
-        tokenizer=lambda: _validated(gguf_tokenizer(file), model, f"gguf:{file}"),
+        tokenizer=lambda: validated(gguf_tokenizer(file), model, f"gguf:{file}"),
     )
 
 
-def _validated(tokenizer: Tokenizer, model: Model, name: str) -> Tokenizer:
+def validated(tokenizer: Tokenizer, model: Model, name: str) -> Tokenizer:
     """Returns the tokenizer of a model, which has an embedding for each of its ids."""
     rows = model.config.vocab_size
     if tokenizer.vocab_size > rows:

@@ -16,15 +16,16 @@ SETTINGS = {
     "top_k": int,
     "top_p": float,
     "min_p": float,
+    "repetition_penalty": float,
     "max_new_tokens": int,
 }
 # How `chat` samples from our own models.
 OURS = {"temperature": 0.7, "top_p": 0.9}
 MAX_NEW_TOKENS = 256
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_STOP = "stop_strings"
 # Options that change what is sampled, with the values that change nothing.
 _NEUTRAL = {
-    "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "length_penalty": 1.0,
     "diversity_penalty": 0.0,
@@ -44,20 +45,20 @@ _NEUTRAL = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "guidance_scale": 1.0,
-    "stop_strings": None,
 }
 
 
 class GenerationConfig(NamedTuple):
     """What a folder's generation_config.json says about sampling."""
 
-    settings: dict[str, int | float]  # by the names of `Sampling`
-    stop_ids: frozenset[int]  # ids that end a response
+    settings: dict[str, int | float | tuple[str, ...]]  # by the names of `Sampling`
     ignored: dict[str, Any]  # options that change the result and that we do not have
 
 
 def read(folder: str | os.PathLike) -> GenerationConfig:
     """Returns the sampling settings of a folder; none if the file does not exist.
+
+    The ids that end a response are the tokenizer's (`data.end_ids`).
 
     Raises:
       DataError: the file is not a JSON object.
@@ -65,7 +66,9 @@ def read(folder: str | os.PathLike) -> GenerationConfig:
     file = paths.path(folder) / FILE
     given = json_text.read_if_there(file, json_text.Object) or {}
     given = {name: value for name, value in given.items() if value is not None}
-    settings = dict(_SAMPLING) if given.get("do_sample") is True else {}
+    settings: dict[str, Any] = {}
+    if given.get("do_sample") is True:
+        settings |= _SAMPLING
     ignored = {}
     for name, kind in SETTINGS.items():
         if name not in given:
@@ -76,10 +79,16 @@ def read(folder: str | os.PathLike) -> GenerationConfig:
             ignored[name] = given[name]
     if given.get("do_sample") is False:
         settings["temperature"] = 0.0
+    stop = given.get(_STOP, [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not _are_texts(stop):
+        ignored[_STOP] = stop
+    elif stop:
+        settings["stop"] = tuple(stop)
     for name, neutral in _NEUTRAL.items():
         if given.get(name, neutral) not in (neutral, [], {}):
             ignored[name] = given[name]
-    return GenerationConfig(settings, _ids(given.get("eos_token_id")), ignored)
+    return GenerationConfig(settings, ignored)
 
 
 def longest_response(context: int) -> int:
@@ -87,12 +96,12 @@ def longest_response(context: int) -> int:
     return min(MAX_NEW_TOKENS, max(1, context // 4))
 
 
-def of_ours(context: int, ids: Mapping[str, int]) -> dict[str, Any]:
+def of_ours(context: int, ids: Mapping[str, int | list[int]]) -> dict[str, Any]:
     """Returns a generation_config.json with which transformers samples as `chat` does.
 
     Args:
       context: the model's context, in tokens.
-      ids: ids of "pad", "bos" and "eos".
+      ids: ids of "pad", "bos" and "eos"; of "eos" there may be several.
     """
     return {
         **{f"{name}_token_id": i for name, i in ids.items()},
@@ -109,6 +118,6 @@ def _is_number(value: Any, kind: type) -> bool:
     return kind(value) == value
 
 
-def _ids(value: Any) -> frozenset[int]:
-    ids = value if isinstance(value, list) else [value]
-    return frozenset(i for i in ids if _is_number(i, int))
+def _are_texts(value: Any) -> bool:
+    is_list = isinstance(value, list)
+    return is_list and all(isinstance(text, str) and text for text in value)

@@ -3,8 +3,8 @@
     model, params = load_hf("SmolLM2-135M", layout)
     save_hf("exported", model, params)                      # a folder that `transformers` loads
 
-Language models and reward models of the families GPT-2, GPT-1, Llama, Qwen2 and GPT-NeoX.
-`hf_config` reads and writes their configs; `names` lists their tensors. Tensors are read one at a
+Language models and reward models of the families in `hf_families`. `hf_config` reads and writes
+their configs; `names` lists their tensors. Tensors are read one at a
 time, straight into their shards. The tokenizer's files are read by `data.hf_tokenizer`.
 """
 
@@ -22,6 +22,7 @@ from rlhfjax import paths, state
 from rlhfjax.config import write_json
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import hf_config, names
+from rlhfjax.interop.hf_tables import TABLES
 from rlhfjax.interop.names import Row, Shape
 from rlhfjax.interop.safetensors_file import INDEX, WEIGHTS, Folder
 from rlhfjax.mesh import Layout
@@ -52,11 +53,11 @@ def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Pa
     folder = paths.path(folder)
     family, model, constant = hf_config.read(folder / "config.json")
     files = Folder(folder)
-    table = names.TABLES[family]
+    table = TABLES[family]
     prefix = _prefix(files, table)
     n_layers = model.config.n_layers
     names.validate_depth(table, prefix, n_layers, files.file, context=folder)
-    shapes = names.shapes_of(model)
+    shapes = names.by_expert(names.shapes_of(model))
     rows = _rows(files, table, prefix, model, shapes)
     put = names.on_host if layout is None else _put_into_shards(model, layout)
     params = names.read_params(rows, shapes, files.read, put)
@@ -71,7 +72,7 @@ def save_hf(
     params: Params,
     dtype: str = "float32",
     *,
-    special_ids: Mapping[str, int | None] | None = None,
+    special_ids: hf_config.SpecialIds | None = None,
     write_others: Callable[[Path], None] | None = None,
     drop_bias: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -89,7 +90,8 @@ def save_hf(
     Args:
       params: on this process's devices or in its memory, layers stacked or not.
       dtype: float32, bfloat16 or float16.
-      special_ids: ids of "pad", "bos" and "eos"; absent ones are written as null.
+      special_ids: ids of "pad", "bos" and "eos", of which several may end a text; absent ones are
+        written as null.
       write_others: writes further files into the folder, such as the tokenizer's.
       shard_bytes: maximum size of a file, unless a single tensor is larger.
     Raises:
@@ -104,12 +106,13 @@ def save_hf(
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: choose another, or remove it")
     family, description = hf_config.write(model, dtype, special_ids or {})
-    _validate_params(names.leaves(params), names.shapes_of(model))
+    validate_params(names.leaves(params), names.shapes_of(model))
     if model.head == "scalar":
         params, constant = _without_bias(params, drop_bias)
         description |= {hf_config.REWARD_BIAS: constant} if constant else {}
-    shapes, read = unstacked_reader(model.config.scan_layers, params)
-    rows = names.rows(names.TABLES[family], model.head, shapes)
+    whole, read = unstacked_reader(model.config.scan_layers, params)
+    shapes = names.by_expert(whole)
+    rows = names.rows(TABLES[family], model.head, shapes)
     tensors = names.tensor_shapes(rows, shapes)
     sizes = {
         name: np.dtype(dtype).itemsize * math.prod(shape)
@@ -203,7 +206,8 @@ def _put_into_shards(
 # ------------------------------------------------------------------ writing
 
 
-def _validate_params(leaves: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:
+def validate_params(leaves: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError unless the parameters are a model's, and all in this process."""
     for path in leaves.keys() | expected.keys():
         found = list(leaves[path].shape) if path in leaves else "absent"
         wanted = list(expected[path]) if path in expected else "absent"
@@ -245,31 +249,33 @@ def unstacked_reader(
 ) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
     """Returns the shapes of the parameters by path, layers unstacked, and read(path).
 
-    `read` copies one parameter to the host.
+    `read` copies one parameter to the host, also a single expert by its path (`names.by_expert`).
     """
     leaves = names.leaves(params)
     shapes = {}
-    places = {}  # path -> (path of the leaf, layer within it)
+    places = {}  # path -> (path of the leaf, (layer within it,) or ())
     for path, leaf in leaves.items():
         start, layers, rest = path.partition("backbone/layers/")
         if not (stacked and layers):
-            places[path] = path, None
+            places[path] = path, ()
             shapes[path] = leaf.shape
             continue
         for i in range(leaf.shape[0]):
             name = f"{start}{layers}layer_{i}/{rest}"
-            places[name] = path, i
+            places[name] = path, (i,)
             shapes[name] = leaf.shape[1:]
 
     def read(name: str) -> np.ndarray:
-        path, i = places[name]
+        module, is_expert, rest = name.partition("/expert_")
+        expert, _, kind = rest.partition("/")
+        path, indices = places[f"{module}/{kind}" if is_expert else name]
         leaf = leaves[path]
-        if i is None:
-            return np.asarray(leaf)
-        if isinstance(leaf, np.ndarray):
-            return leaf[i]
-        # One program serves all layers.
-        return np.asarray(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False))
+        for i in (*indices, int(expert)) if is_expert else indices:
+            if isinstance(leaf, np.ndarray):
+                leaf = leaf[i]
+            else:  # one program serves all layers
+                leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+        return np.asarray(leaf)
 
     return shapes, read
 

@@ -10,23 +10,23 @@ from typing import Any
 
 from rlhfjax import json_text, paths, ranges
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.interop import names
+from rlhfjax.interop import hf_layers, hf_rope, names
 from rlhfjax.interop.hf_families import (
     FAMILIES,
     KINDS,
-    NEUTRAL,
+    NULLABLE,
     ROPE_DEFAULTS,
-    SILENT,
     Family,
 )
-from rlhfjax.json_text import named, shown
+from rlhfjax.interop.hf_values import QUANTIZATION, REQUIRED, ConfigValues
 from rlhfjax.models import Model, TransformerConfig
+from rlhfjax.models.config import RopeScaling
 from rlhfjax.paths import Path
 
-REQUIRED = object()
+# Ids by name: "pad", "bos", "eos".
+SpecialIds = Mapping[str, int | Sequence[int] | None]
 # A key of ours: the constant of a reward that was dropped from its weights.
 REWARD_BIAS = "rlhfjax_reward_bias"
-QUANTIZATION = "quantization_config"
 
 
 def read(path: Path) -> tuple[str, Model, float]:
@@ -55,20 +55,18 @@ def read(path: Path) -> tuple[str, Model, float]:
     return name, Model(_config(FAMILIES[name], values), head), constant
 
 
-def write(
-    model: Model, dtype: str, ids: Mapping[str, int | None]
-) -> tuple[str, dict[str, Any]]:
+def write(model: Model, dtype: str, ids: SpecialIds) -> tuple[str, dict[str, Any]]:
     """Returns the family of a model and its config.json, the inverse of `read`.
 
     What only training needs is left out.
 
     Args:
-      ids: ids of "pad", "bos" and "eos". Absent ones are written as null, so that `transformers`
-        does not use its defaults.
+      ids: ids of "pad", "bos" and "eos", of which several may end a text. Absent ones are written
+        as null, so that `transformers` does not use its defaults.
     Raises:
       ConfigError: the model belongs to no family, or an id is invalid.
     """
-    name, described = _family_of(model.config)
+    name, described = families_of(model.config)[0]
     family = FAMILIES[name]
     labels = {
         "id2label": {"0": "reward"},
@@ -85,94 +83,6 @@ def write(
     }
 
 
-class ConfigValues:
-    """The values of a config.json, taken key by key; `finish` rejects what is left."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]):
-        self.path = path
-        self.left = {key: value for key, value in values.items() if value is not None}
-
-    def take(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """Removes a key and returns its value, or the default if it is absent or null."""
-        value = self.left.pop(key, default)
-        if value is REQUIRED:
-            raise CheckpointError(f"{self.path}: there is no {key}")
-        if kind is float and type(value) is int:
-            value = float(value)
-        if value is not default and type(value) is not kind:
-            raise CheckpointError(
-                f"{self.path}: {key} is {shown(value)}: expected {kind.__name__}"
-            )
-        return value
-
-    def take_equal(self, keys: str, kind: type, default: Any) -> Any:
-        """Removes keys, separated by blanks, and returns the value that they have in common."""
-        first, *others = keys.split()
-        value = self.take(first, kind, default)
-        for key in others:
-            if (other := self.take(key, kind, default)) != value:
-                raise self.invalid(key, other, f"that of {first}, {value!r}")
-        return value
-
-    def take_rope(self, key: str, key_of_4: str, default: float) -> float:
-        """Removes a number of RoPE from all places that may hold it, and returns it.
-
-        Args:
-          key: its name in `rope_parameters`, where transformers 5 has it.
-          key_of_4: its key in transformers 4, where GPT-NeoX has names of its own.
-        """
-        places = (key_of_4, key, f"rope_parameters.{key}", f"rope_scaling.{key}")
-        found = {name: self.take(name, float) for name in places if name in self.left}
-        value = next(iter(found.values()), default)
-        for name, other in found.items():
-            if other != value:
-                raise self.invalid(name, other, f"what it says elsewhere, {value}")
-        return value
-
-    def flatten(self, key: str) -> None:
-        """Replaces an object by its members, "key.member"."""
-        for name, value in self.take(key, dict, {}).items():
-            if value is not None:
-                self.left[f"{key}.{name}"] = value
-
-    def finish(self, family: Family) -> None:
-        """Raises CheckpointError for a key that is left, unless it changes nothing."""
-        neutral = {**NEUTRAL, **family.neutral}
-        # The kind of a thing, such as "yarn", before its numbers.
-        for key in sorted(self.left, key=_is_detail):
-            value = self.left[key]
-            if key in SILENT or (key in family.silent and type(value) is int):
-                continue
-            accepted = neutral.get(key, ())
-            # An empty list is one value.
-            elements = value if isinstance(value, list) and value else [value]
-            if not all(_is_one_of(element, accepted) for element in elements):
-                raise self.invalid(key, value, " or ".join(map(repr, accepted)))
-
-    def invalid(self, key: str, value: Any, accepted: str = "") -> CheckpointError:
-        """Returns the error for a value that our Transformer cannot express."""
-        accepted = f"; accepted is {accepted}" if accepted else ""
-        if key.startswith(f"{QUANTIZATION}."):
-            accepted = "; take the model's folder from before quantization"
-        told = f"{named(key)} = {shown(value)}"
-        return CheckpointError(
-            f"{self.path}: our Transformer cannot do what {told} says{accepted}"
-        )
-
-
-def _is_detail(key: str) -> bool:
-    """Returns whether a key is none that names a kind of scaling or quantization."""
-    return key.rpartition(".")[2] not in ("rope_type", "type", "quant_method")
-
-
-def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
-    """Returns whether a value is accepted. In Python 0 == False; in JSON they differ."""
-    return any(
-        value == other and isinstance(value, bool) == isinstance(other, bool)
-        for other in accepted
-    )
-
-
 def _architecture(values: ConfigValues) -> tuple[str, str]:
     """Returns the family and the head."""
     given = values.take("architectures", list, [])
@@ -181,7 +91,14 @@ def _architecture(values: ConfigValues) -> tuple[str, str]:
         known[family.causal] = name, "lm"
         known[family.classifier] = name, "scalar"
     if len(given) != 1 or not isinstance(given[0], str) or given[0] not in known:
-        raise values.invalid("architectures", given, f"one of {', '.join(known)}")
+        decoders = ", ".join(family.causal for family in FAMILIES.values())
+        accepted = f"one of {decoders}, and …ForSequenceClassification of each"
+        if given and str(given[0]).endswith("ForConditionalGeneration"):
+            of_text = (
+                "a decoder of text alone (of Gemma 3 its text part, see docs/models.md)"
+            )
+            accepted = f"{of_text}, {accepted}"
+        raise values.invalid("architectures", given, accepted)
     name, head = known[given[0]]
     if (kind := values.take("model_type", str, name)) != name:
         raise values.invalid("model_type", kind, repr(name))
@@ -189,26 +106,53 @@ def _architecture(values: ConfigValues) -> tuple[str, str]:
 
 
 def _config(family: Family, values: ConfigValues) -> TransformerConfig:
-    for key in ("rope_parameters", "rope_scaling", QUANTIZATION):
-        values.flatten(key)
+    values.flatten(QUANTIZATION)
     fields = dict(family.fixed)
     for field, keys in family.keys.items():
-        default = family.defaults.get(field, REQUIRED)
-        fields[field] = values.take_equal(keys, KINDS.get(field, int), default)
+        fields[field] = _take(family, values, field, keys)
     fields["mlp"] = _activation(family, values, fields["mlp"])
     if fields.get("d_ff") is None:  # GPT-1, and GPT-2 without n_inner
         fields["d_ff"] = 4 * fields["d_model"]
     if family.parallel and values.take(family.parallel, bool, True):
         fields["residual"] = "parallel"
-    if family.rope:
-        fields |= _rope(family, values)
+    if family.query_scalar:
+        scalar = values.take(family.query_scalar, int, 256)
+        if scalar < 1:
+            raise values.invalid(family.query_scalar, scalar, "a positive number")
+        fields["attention_scale"] = scalar**-0.5
+    if fields.get("bias") and not fields.get("attention_bias", True):
+        key = family.keys["bias"]
+        raise values.invalid(key, True, "true with attention_bias true")
+    fields |= hf_rope.read(family, values, fields["max_length"])
+    fields |= hf_layers.read(family, values, fields["n_layers"])
     values.finish(family)
+    if fields["window"] is None:
+        fields.pop("window_rope_theta", None)
     config = names.build_config(fields, {**family.keys, **family.rope}, values.path)
+    return plain(config)
+
+
+def _take(family: Family, values: ConfigValues, field: str, keys: str) -> Any:
+    """Removes the keys of a field and returns its value."""
+    kind = KINDS.get(field, int)
+    default = family.defaults.get(field, REQUIRED)
+    if field in NULLABLE:
+        return values.take_or_none(keys, kind, default)
+    if field in family.other_keys:
+        return values.take_first((keys, family.other_keys[field]), kind, default)
+    return values.take_equal(keys.split(), kind, default)
+
+
+def plain(config: TransformerConfig) -> TransformerConfig:
+    """Returns the config with None wherever a field says what None means."""
     plain_heads = config.n_heads * config.head_dim == config.d_model
+    scale = config.attention_scale
     return dataclasses.replace(
         config,
         n_kv_heads=None if config.kv_heads == config.n_heads else config.kv_heads,
         d_head=None if plain_heads else config.head_dim,
+        attention_scale=None if scale == config.head_dim**-0.5 else scale,
+        attention_bias=config.attention_bias and not config.bias,
     )
 
 
@@ -221,34 +165,38 @@ def _activation(family: Family, values: ConfigValues, name: str) -> str:
     raise values.invalid(family.keys["mlp"], name, " or ".join(map(repr, accepted)))
 
 
-def _rope(family: Family, values: ConfigValues) -> dict[str, float]:
-    """Returns RoPE's base and the fraction of each head that it rotates.
+def families_of(config: TransformerConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the families that can express a config, with what their config.json says.
 
-    The kinds of RoPE other than the plain one are left for `finish` to reject.
+    Raises:
+      ConfigError: there is none.
     """
-    defaults = {**ROPE_DEFAULTS, **family.defaults}
-    keys = {"rope_theta": "rope_theta", "rope_fraction": "partial_rotary_factor"}
-    rope = {
-        field: values.take_rope(key, family.rope.get(field, key), defaults[field])
-        for field, key in keys.items()
-    }
-    if "rope_fraction" not in family.rope and rope["rope_fraction"] != 1:
-        raise values.invalid("partial_rotary_factor", rope["rope_fraction"], "1")
-    return rope
-
-
-def _family_of(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
-    """Returns the first family that can express a config, and what its config.json says."""
     path = paths.path("config.json")
+    found = []
     for name, family in FAMILIES.items():
+        if family.heads_divide and config.d_model % config.n_heads:
+            continue
         described = _describe(family, config)
         try:
             again = _config(family, ConfigValues(path, described))
         except CheckpointError:  # for example another activation
             continue
-        if _meaning(again) == _meaning(config):
-            return name, described
-    raise ConfigError(f"no architecture in {', '.join(FAMILIES)} is {config}")
+        if meaning(again) == meaning(config):
+            found.append((name, described))
+    if not found:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"no architecture in {known} has {chosen(config)}")
+    return found
+
+
+def chosen(config: TransformerConfig) -> str:
+    """Returns the options of a config that are not at their defaults, for an error."""
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+    return ", ".join(f"model.{name} = {value!r}" for name, value in values.items())
 
 
 def _describe(family: Family, config: TransformerConfig) -> dict[str, Any]:
@@ -256,55 +204,97 @@ def _describe(family: Family, config: TransformerConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_dim}
     fields["mlp"] = family.activations.get(config.mlp, ("",))[0]
+    fields["attention_bias"] = config.attention_bias or config.bias
     described = {
         key: fields[field]
         for field, keys in family.keys.items()
         for key in keys.split()
     }
-    described |= {key: fields[field] for field, key in family.rope.items()}
     if family.parallel:
         described[family.parallel] = config.residual == "parallel"
-    return {**described, **family.written}
+    if family.query_scalar:
+        described[family.query_scalar] = round(_scale(config) ** -2)
+    return {
+        **described,
+        **hf_rope.describe(family, config),
+        **hf_layers.describe(family, config),
+        **family.written,
+    }
 
 
-def _meaning(config: TransformerConfig) -> TransformerConfig:
+def _scale(config: TransformerConfig) -> float:
+    """Returns the factor of the attention scores."""
+    if config.attention_scale is None:
+        return config.head_dim**-0.5
+    return config.attention_scale
+
+
+def meaning(config: TransformerConfig) -> TransformerConfig:
     """Returns the config with defaults wherever a trained model computes the same with them."""
     rope = {} if config.positions == "rope" else ROPE_DEFAULTS
+    kinds = hf_layers.kinds_of(config)
+    windowed = "window" in kinds
+    scaling = hf_rope.meaning(config.rope_scaling)
+    local = config.window_rope_theta
+    if windowed and config.positions == "rope" and scaling == RopeScaling():
+        local = local or config.rope_theta
     return dataclasses.replace(
         config,
         **rope,
         dropout=0.0,
+        router_loss=0.0,
         init_std=0.02,
         scale_residual_init=False,
         remat="none",
         n_kv_heads=config.kv_heads,
         d_head=config.head_dim,
-        qkv_bias=config.bias or config.qkv_bias,
+        attention_bias=config.bias or config.attention_bias,
+        qkv_bias=config.bias or config.attention_bias or config.qkv_bias,
+        attention_pattern=hf_layers.shortest(kinds),
+        window=config.window if windowed else None,
+        window_rope_theta=local if windowed else None,
+        rope_scaling=scaling,
+        # A config.json has the square of its inverse: 12 digits come back.
+        attention_scale=float(f"{_scale(config):.12g}"),
+        attention="einsum",
         dtype="float32",
         scan_layers=False,
     )
 
 
-def _token_ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | None]:
+def _token_ids(model: Model, ids: SpecialIds) -> dict[str, Any]:
+    """Returns the keys of special ids; several of one kind are a list."""
     accepted = ("pad", "bos", "eos")
-    for name, value in ids.items():
+    every = {name: _as_list(value) for name, value in ids.items()}
+    for name, values in every.items():
         if name not in accepted:
             raise ConfigError(
                 f"special_ids[{name!r}]: accepted are {', '.join(accepted)}"
             )
-        if value is not None and not 0 <= value < model.config.vocab_size:
-            raise ConfigError(
-                f"special_ids[{name!r}] is {value}: the vocabulary has "
-                f"{model.config.vocab_size} ids"
-            )
+        for value in values:
+            if not 0 <= value < model.config.vocab_size:
+                raise ConfigError(
+                    f"special_ids[{name!r}] is {value}: the vocabulary has "
+                    f"{model.config.vocab_size} ids"
+                )
     pad = ids.get("pad")
     if model.head == "scalar" and pad is None:
         raise ConfigError(
             "special_ids['pad'] is missing: transformers scores the last token that is not padding"
         )
-    if model.head == "scalar" and pad in (ids.get("bos"), ids.get("eos")):
+    if model.head == "scalar" and pad in every.get("bos", []) + every.get("eos", []):
         raise ConfigError(
             f"special_ids['pad'] is {pad}, bos or eos too: "
             "transformers would take that for padding"
         )
-    return {f"{name}_token_id": ids.get(name) for name in accepted}
+    written = {}
+    for name in accepted:
+        values = every.get(name, [])
+        written[f"{name}_token_id"] = values[0] if len(values) == 1 else values or None
+    return written
+
+
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)

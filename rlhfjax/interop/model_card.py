@@ -16,6 +16,7 @@ class Exported:
 
     folder: str
     source: str  # the workdir or foreign name
+    adapter: str  # the PEFT folder that was merged into it; empty: none
     architecture: str
     parameters: int
     dtype: str
@@ -140,6 +141,9 @@ def _notes(exported: Exported) -> list[str]:
         lines.append(
             "The score is read at the last token of the conversation; higher is better."
         )
+    if exported.adapter:
+        name = exported.adapter.rstrip("/").rpartition("/")[-1]
+        lines.append(f"The LoRA adapter {name} is merged into the weights.")
     if exported.dropped_bias:
         lines.append(
             f"Scores are lower than in training by the constant {exported.dropped_bias:.6g}."

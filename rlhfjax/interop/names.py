@@ -1,8 +1,8 @@
 """The tensors of Hugging Face and GGUF files: which parameters each tensor holds, and how.
 
-One table per family, used for reading and for writing: `Row.split` turns a tensor into parameters,
-`Row.join` turns parameters into a tensor. Parameters that a model does not have (mostly biases)
-have no row, so one table serves Llama and Qwen2.
+A family has one table (`hf_tables`, `gguf_families`), used for reading and for writing: `Row.split`
+turns a tensor into parameters, `Row.join` turns parameters into a tensor. Parameters that a model
+does not have (mostly biases) have no row, so one table serves Llama, Qwen2 and Qwen3.
 """
 
 import dataclasses
@@ -29,17 +29,23 @@ class Row:
     name: str
     """Name of the tensor."""
     params: tuple[str, ...]
-    """Paths of the parameters. Several have one shape and lie side by side on the output axis."""
+    """Paths of the parameters. Several have the same inputs and lie side by side on the output
+    axis; their widths may differ."""
     inputs: int = 1
     """How many leading axes of a parameter are inputs; the tensor has one, or none (vectors)."""
     out_first: bool = True
     """[out, in], as in torch's Linear; else [in, out], as in GPT-2's Conv1D and embeddings."""
     by_head: bool = False
     """Parameters alternate: q, k and v of head 0, then of head 1, as in GPT-NeoX."""
+    stacked: bool = False
+    """The matrices of all experts in one tensor, [experts, out, in]; ours is [experts, in, out]."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Returns the shape of the tensor, given the shapes of its parameters."""
-        n_out = len(shapes) * math.prod(shapes[0][self.inputs :])
+        if self.stacked:
+            n_experts, n_in, n_out = shapes[0]
+            return (n_experts, n_out, n_in)
+        n_out = sum(math.prod(shape[self.inputs :]) for shape in shapes)
         if not self.inputs:
             return (n_out,)
         n_in = math.prod(shapes[0][: self.inputs])
@@ -47,13 +53,18 @@ class Row:
 
     def split(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         """Returns the parameters in a tensor, as views where numpy can."""
+        if self.stacked:
+            return [tensor.swapaxes(1, 2)]
         matrix = tensor.T if self.inputs and self.out_first else tensor
         matrix = self._grouped(matrix, shapes[0])
-        parts = np.split(matrix, len(shapes), axis=-1)
+        widths = [math.prod(shape) // matrix[..., 0].size for shape in shapes]
+        parts = np.split(matrix, np.cumsum(widths)[:-1], axis=-1)
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the tensor of some parameters, contiguous as safetensors requires."""
+        if self.stacked:
+            return np.ascontiguousarray(arrays[0].swapaxes(1, 2))
         parts = [self._grouped(array, array.shape) for array in arrays]
         joined = np.concatenate(parts, axis=-1)
         matrix = joined.reshape(len(joined), -1)
@@ -91,6 +102,10 @@ class Table:
     """Whether projections are [out, in]; see Row."""
     by_head: bool = False
     """Whether fused parameters alternate; see Row."""
+    experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Modules of one expert `{e}` of a layer."""
+    stacked: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Modules of all experts of a layer together; see Row."""
 
     def module_rows(
         self, modules: Mapping[str, str], start: str, folder: str
@@ -108,7 +123,7 @@ class Table:
             if module.startswith("embed/"):
                 result.append(_row(weight, paths, "", out_first=False))
                 continue
-            if module.startswith("norm"):
+            if "norm" in module.rpartition("/")[2]:
                 result.append(_row(weight, paths, "/scale", inputs=0))
             else:
                 kernel = _row(
@@ -131,87 +146,6 @@ def _row(name: str, modules: Sequence[str], leaf: str, **layout: Any) -> Row:
 
 QKV = "attention/query attention/key attention/value"
 
-_LLAMA = Table(
-    prefix="model.",
-    layers="layers.{i}.",
-    trunk={"embed_tokens": "embed/tokens", "norm": "norm"},
-    layer={
-        "input_layernorm": "norm_1",
-        "self_attn.q_proj": "attention/query",
-        "self_attn.k_proj": "attention/key",
-        "self_attn.v_proj": "attention/value",
-        "self_attn.o_proj": "attention/out",
-        "post_attention_layernorm": "norm_2",
-        "mlp.gate_proj": "mlp/gate",
-        "mlp.up_proj": "mlp/up",
-        "mlp.down_proj": "mlp/down",
-    },
-    output="lm_head.weight",
-    buffers=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
-)
-_GPT2 = Table(
-    prefix="transformer.",
-    layers="h.{i}.",
-    trunk={"wte": "embed/tokens", "wpe": "embed/positions", "ln_f": "norm"},
-    layer={
-        "ln_1": "norm_1",
-        "attn.c_attn": QKV,
-        "attn.c_proj": "attention/out",
-        "ln_2": "norm_2",
-        "mlp.c_fc": "mlp/up",
-        "mlp.c_proj": "mlp/down",
-    },
-    output="lm_head.weight",
-    buffers=(r"h\.\d+\.attn\.(masked_)?bias",),  # the causal mask
-    out_first=False,
-)
-_GPT_NEOX = Table(
-    prefix="gpt_neox.",
-    layers="layers.{i}.",
-    trunk={"embed_in": "embed/tokens", "final_layer_norm": "norm"},
-    layer={
-        "input_layernorm": "norm_1",
-        "attention.query_key_value": QKV,
-        "attention.dense": "attention/out",
-        "post_attention_layernorm": "norm_2",
-        "mlp.dense_h_to_4h": "mlp/up",
-        "mlp.dense_4h_to_h": "mlp/down",
-    },
-    output="embed_out.weight",
-    buffers=(r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
-    by_head=True,
-)
-TABLES: dict[str, Table] = {
-    "llama": _LLAMA,
-    "qwen2": _LLAMA,
-    "gpt2": _GPT2,
-    "openai-gpt": dataclasses.replace(
-        _GPT2,
-        trunk={"tokens_embed": "embed/tokens", "positions_embed": "embed/positions"},
-        buffers=(*_GPT2.buffers, "position_ids"),
-    ),
-    "gpt_neox": _GPT_NEOX,
-}
-
-# A Llama by llama.cpp's names (gguf-py/gguf/constants.py). gguf.py reorders the rows of Q and K.
-GGUF = Table(
-    prefix="",
-    layers="blk.{i}.",
-    trunk={"token_embd": "embed/tokens", "output_norm": "norm"},
-    layer={
-        "attn_norm": "norm_1",
-        "attn_q": "attention/query",
-        "attn_k": "attention/key",
-        "attn_v": "attention/value",
-        "attn_output": "attention/out",
-        "ffn_norm": "norm_2",
-        "ffn_gate": "mlp/gate",
-        "ffn_up": "mlp/up",
-        "ffn_down": "mlp/down",
-    },
-    output="output.weight",
-)
-
 
 def rows(
     table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | None = None
@@ -221,17 +155,37 @@ def rows(
     Args:
       head: "lm" or "scalar". The kernel [d_model] of a scalar head is `score.weight`
         [1, d_model]; its bias has no row.
-      shapes: shapes of the parameters by path; a row whose parameters are absent is left out.
+      shapes: shapes of the parameters by path, experts by themselves (`by_expert`) unless the
+        table has them stacked; a row whose parameters are absent is left out.
       prefix: replaces the table's.
     """
     prefix = table.prefix if prefix is None else prefix
     result = table.module_rows(table.trunk, prefix, "backbone/")
     for i in range(sum(path.endswith("norm_1/scale") for path in shapes)):
         start = prefix + table.layers.format(i=i)
-        result += table.module_rows(table.layer, start, f"backbone/layers/layer_{i}/")
+        folder = f"backbone/layers/layer_{i}/"
+        result += table.module_rows(table.layer, start, folder)
+        for name, module in table.experts.items():
+            for e in range(count_experts(shapes, f"{folder}{module}")):
+                paths = [f"{folder}{module}/expert_{e}"]
+                result.append(
+                    _row(f"{start}{name.format(e=e)}.weight", paths, "/kernel")
+                )
+        for name, module in table.stacked.items():
+            paths = [f"{folder}{module}"]
+            row = _row(f"{start}{name}.weight", paths, "/kernel", stacked=True)
+            result.append(row)
     output = "score.weight" if head == "scalar" else table.output
     result.append(Row(output, ("head/kernel",)))
-    return [row for row in result if row.params[0] in shapes]
+    return [row for row in result if _has(shapes, row)]
+
+
+def _has(shapes: Mapping[str, Shape], row: Row) -> bool:
+    """Returns whether the parameters of a row are among some shapes by path."""
+    path = row.params[0]
+    if path not in shapes:
+        return False
+    return row.stacked == _is_stack(path, shapes[path])
 
 
 def tensor_shapes(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -318,22 +272,34 @@ def read_params(
     """Reads tensors one at a time and returns the parameters in them by path.
 
     Args:
-      shapes: shapes of the parameters by path.
+      shapes: shapes of the parameters by path, experts by themselves (`by_expert`).
       read: returns a tensor by name.
       put: returns the array to keep, given its path and the array as it was read.
     """
-    params = {}
+    params: dict[str, Any] = {}
+    experts: list[np.ndarray] = []  # of one parameter, in order
+
+    def put_or_collect(path: str, array: np.ndarray) -> Any:
+        module, is_expert, _ = path.partition("/expert_")
+        if not is_expert:
+            params[path] = put(path, array)
+            return
+        experts.append(on_host(path, array))
+        if len(experts) == count_experts(shapes, module):
+            whole = f"{module}/kernel"
+            params[whole] = put(whole, np.stack(experts))
+            experts.clear()
+
     for row in rows:
-        params |= _read_row(row, shapes, read, put)
+        _read_row(row, shapes, read, put_or_collect)
     return params
 
 
 def _read_row(row, shapes, read, put):
     """Reads one tensor. A function of its own, so that the tensor is freed before the next."""
     arrays = row.split(read(row.name), [shapes[path] for path in row.params])
-    return {
-        path: put(path, array) for path, array in zip(row.params, arrays, strict=True)
-    }
+    for path, array in zip(row.params, arrays, strict=True):
+        put(path, array)
 
 
 def on_host(_: str, array: np.ndarray) -> np.ndarray:
@@ -365,3 +331,33 @@ def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
 def shapes_of(model: Model) -> dict[str, Shape]:
     """Returns the shapes of a model's parameters by path."""
     return {path: leaf.shape for path, leaf in leaves(model.shapes()).items()}
+
+
+def by_expert(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Returns shapes by path with the kernels [e, x, y] of a layer's experts by themselves.
+
+    Their paths are ".../mlp/gate/expert_0/kernel" and so on.
+    """
+    result = {}
+    for path, shape in shapes.items():
+        module, _, name = path.rpartition("/")
+        if not _is_stack(path, shape):
+            result[path] = shape
+            continue
+        for e in range(shape[0]):
+            result[f"{module}/expert_{e}/{name}"] = shape[1:]
+    return result
+
+
+def _is_stack(path: str, shape: Shape) -> bool:
+    """Returns whether a parameter holds the kernels [experts, in, out] of a layer's experts."""
+    is_kernel = path.endswith("/kernel") and "/mlp/" in path
+    return is_kernel and len(shape) == 3
+
+
+def count_experts(shapes: Mapping[str, Shape], module: str) -> int:
+    """Returns how many experts a module has in the result of `by_expert`."""
+    count = 0
+    while f"{module}/expert_{count}/kernel" in shapes:
+        count += 1
+    return count

@@ -10,63 +10,42 @@ rank r are one adapter of rank n r, exactly, with n times our alpha:
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import pydantic
 from safetensors.numpy import save
 
-from rlhfjax import json_text, paths, ranges
+from rlhfjax import paths
 from rlhfjax.config import build, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.interop import hf, hf_config, names
+from rlhfjax.interop import hf, names
 from rlhfjax.interop.names import Row, Shape
-from rlhfjax.interop.safetensors_file import open_safetensors
-from rlhfjax.json_text import named, shown
+from rlhfjax.interop.peft_config import CONFIG, PLAIN, AdapterConfig
+from rlhfjax.interop.peft_modules import (
+    BIAS,
+    KERNEL,
+    LAYERS,
+    SCORE,
+    WEIGHTS,
+    Adapter,
+    Params,
+    join,
+    module_name,
+    modules_of,
+    projections,
+    read,
+    shape_a,
+    split_b,
+    tensor_names,
+)
 from rlhfjax.models import Model, lora
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import stacked
 from rlhfjax.paths import Path
 
-Params = dict[str, Any]
-Adapter = tuple[np.ndarray, np.ndarray]  # lora_a [in..., r] and lora_b [r, out...]
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DTYPES = (*hf.DTYPES.values(), "F64")
-PREFIX = "base_model.model."
-SCORE = f"{PREFIX}score.weight"
-LAYERS, KERNEL = "backbone/layers/", "/kernel"
-# In the weights' metadata: the constant of a reward, which PEFT's score cannot express.
-BIAS = "rlhfjax_reward_bias"
-PICKLED = "adapter_model.bin"
-# Options of PEFT with the one value that we read and write.
-PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "peft_type": "LORA"}
-# Options that change what an adapter computes; we read adapters without them and write none.
-ABSENT = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-}
-_FLOAT32 = pydantic.TypeAdapter(ranges.Finite)
-
-
-# What is read of an adapter_config.json, and its types. Other options change nothing.
-READ = {
-    "r": ranges.Size,
-    "lora_alpha": ranges.Positive,
-    "lora_dropout": ranges.ShareBelow1 | None,
-    "rank_pattern": dict[str, ranges.Size] | None,
-    "alpha_pattern": dict[str, ranges.Positive] | None,
-    "modules_to_save": list[str] | None,
-}
+MERGE = "`rlhfjax import --adapter=…` merges them into their base"
 
 
 def save_peft(
@@ -81,22 +60,22 @@ def save_peft(
     Raises:
       ConfigError: no architecture that PEFT knows expresses the model.
     """
-    family, rows, _ = _projections(model)
+    family, rows, shapes = projections(model)
     by_kernel = _by_kernel(model, adapters)
     tensors, ranks = {}, {}
     for row in rows:
         parts = [by_kernel.get(path) for path in row.params]
         if any(part is not None for part in parts):
-            a, b = _join(row, parts)
-            name_a, name_b = _tensor_names(row)
+            a, b = join(row, parts, shapes)
+            name_a, name_b = tensor_names(row)
             tensors[name_a] = a
             tensors[name_b] = b
-            ranks[_module(row)] = len(a)
+            ranks[module_name(row)] = len(a)
     metadata = {"format": "pt"}
     if model.head == "scalar":
         tensors[SCORE] = np.asarray(adapters["head"]["kernel"], np.float32)[None]
         metadata[BIAS] = repr(float(adapters["head"]["bias"]))
-    modules = [_module(row) for row in rows]
+    modules = [module_name(row) for row in rows]
     config = _describe(model, modules, ranks)
     config["fan_in_fan_out"] = family in ("gpt2", "openai-gpt")
     config["base_model_name_or_path"] = base
@@ -113,206 +92,60 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
         cannot have; the model has no place for a tensor. Names the file and the tensor.
       ConfigError: no architecture that PEFT knows expresses the model.
     """
-    folder = paths.path(folder)
-    config, tensors, bias = _read(folder)
-    rank = config["r"]
-    _, rows, shapes = _projections(model)
-    weights = folder / WEIGHTS
+    content = read(paths.path(folder))
+    config, pairs, head, shapes = modules_of(content, model)
     by_kernel: dict[str, Adapter] = {}
-    for row in rows:
-        pair = [name for name in _tensor_names(row) if name in tensors]
-        if len(pair) == 2:
-            _validate_scale(folder, _module(row), config)
-            a, b = (np.asarray(tensors.pop(name), np.float32) for name in pair)
-            _validate_shapes(weights, row, a, b, shapes)
-            by_kernel |= _split(weights, row, a, b, rank, shapes)
-    head = {}
-    if model.head == "scalar" and SCORE in tensors:
-        score = np.asarray(tensors.pop(SCORE), np.float32)
-        _validate_shape(weights, SCORE, score, (1, model.config.d_model))
-        head = {"head": {"kernel": score[0], "bias": np.float32(bias)}}
-    if tensors:
-        raise _no_place(weights, min(tensors), config)
-    if not by_kernel:
-        raise CheckpointError(f"{weights}: there is no adapter in it")
+    for row, a, b in pairs:
+        _validate_scale(config, module_name(row))
+        by_kernel |= _split(config, row, a, b, shapes)
     options = {
-        "rank": rank,
-        "alpha": config["lora_alpha"],
+        "rank": config.rank,
+        "alpha": config.plain_alpha,
         "targets": _targets(model, by_kernel),
-        "dropout": config.get("lora_dropout") or 0.0,
+        "dropout": config.dropout,
     }
-    adapted = build(LoraConfig, options, str(folder / CONFIG))
-    return dataclasses.replace(model, lora=adapted), _tree(model, by_kernel) | head
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
-    """Returns the config, the tensors by name, and the constant of a reward."""
-    if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():
-        raise CheckpointError(
-            f"{folder / PICKLED}: pickles are not read; in Python with peft: "
-            "PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            raise CheckpointError(
-                f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS}: there is no {name}"
-            )
-    config = _read_config(folder / CONFIG)
-    file = open_safetensors(folder / WEIGHTS)
-    tensors = {}
-    for name in list(file.keys()):
-        kind = file.get_slice(name).get_dtype()
-        if kind not in DTYPES:
-            accepted = ", ".join(DTYPES)
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {named(name)} is of type {kind}: accepted are {accepted}"
-            )
-        tensors[name] = file.get_tensor(name)
-    bias = (file.metadata() or {}).get(BIAS, "0.0")
-    try:
-        constant = _FLOAT32.validate_strings(bias)
-    except pydantic.ValidationError:
-        raise CheckpointError(
-            f"{folder / WEIGHTS}: {BIAS} is {shown(bias)}: expected a float32"
-        ) from None
-    return config, tensors, constant
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Returns an adapter_config.json of an adapter that ours can express."""
-    content = json_text.read_object(path, error=CheckpointError)
-    for key, value in (PLAIN | ABSENT).items():
-        given = content.get(key)
-        if given is not None and (given != value or type(given) is not type(value)):
-            raise CheckpointError(
-                f"{path}: {key} is {shown(given)}: accepted is {value!r}"
-            )
-    for key in ("r", "lora_alpha"):
-        if key not in content:
-            raise CheckpointError(f"{path}: there is no {key}")
-    return {
-        key: json_text.validate(
-            content.get(key), f"{path}: {key}", hint, error=CheckpointError
-        )
-        for key, hint in READ.items()
-    }
-
-
-def _projections(model: Model) -> tuple[str, list[Row], dict[str, Shape]]:
-    """Returns the family, the rows of all kernels in layers, and their parameters' shapes."""
-    plain = Model(dataclasses.replace(model.config, scan_layers=False))
-    family, _ = hf_config.write(plain, "float32", {})
-    shapes = names.shapes_of(plain)
-    rows = [
-        row
-        for row in names.rows(names.TABLES[family], "lm", shapes)
-        if row.params[0].startswith(LAYERS) and row.params[0].endswith(KERNEL)
-    ]
-    return family, rows, shapes
-
-
-def _module(row: Row) -> str:
-    """Returns the name of a linear layer in `transformers`."""
-    return row.name.removesuffix(".weight")
-
-
-def _tensor_names(row: Row) -> list[str]:
-    """Returns the names of lora_A and lora_B."""
-    return [f"{PREFIX}{_module(row)}.lora_{letter}.weight" for letter in "AB"]
-
-
-def _join(row: Row, parts: Sequence[Adapter | None]) -> Adapter:
-    """Returns lora_A and lora_B of one module from our adapters; None where there is none."""
-    present = [part for part in parts if part is not None]
-    rank, *out = present[0][1].shape
-    blocks = []
-    start = 0
-    for part in parts:
-        block = np.zeros((rank * len(present), *out), np.float32)
-        if part is not None:
-            block[start : start + rank] = part[1]
-            start += rank
-        blocks.append(block)
-    a = np.concatenate([a.reshape(-1, rank).T for a, _ in present])
-    return np.ascontiguousarray(a), _b_row(row).join(blocks)
-
-
-def _validate_shapes(
-    path: Path, row: Row, a: np.ndarray, b: np.ndarray, shapes: Mapping[str, Shape]
-) -> None:
-    """Raises CheckpointError if the tensors are an adapter of another module."""
-    parts = [shapes[name] for name in row.params]
-    n_in = math.prod(parts[0][: row.inputs])
-    n_out = len(parts) * math.prod(parts[0][row.inputs :])
-    rank = len(a) if a.ndim else 0
-    name_a, name_b = _tensor_names(row)
-    _validate_shape(path, name_a, a, (max(rank, 1), n_in))
-    _validate_shape(path, name_b, b, (n_out, rank))
-
-
-def _validate_shape(path: Path, name: str, array: np.ndarray, shape: Shape) -> None:
-    if array.shape != shape:
-        raise CheckpointError(
-            f"{path}: {name} is {list(array.shape)}, and by the model {list(shape)}"
-        )
-
-
-def _no_place(path: Path, name: str, config: Mapping[str, Any]) -> CheckpointError:
-    """Returns the error for a tensor that is left."""
-    for module in config.get("modules_to_save") or ():
-        if f".{module}." in name:
-            return CheckpointError(
-                f"{path}: this model has no place for {named(name)}, which is there because "
-                f"modules_to_save has {module!r}: accepted is the score of a reward model"
-            )
-    return CheckpointError(f"{path}: this model has no place for {named(name)}")
+    adapted = build(LoraConfig, options, str(config.path))
+    return dataclasses.replace(model, lora=adapted), tree_of(model, by_kernel) | head
 
 
 def _split(
-    file: Path,
+    config: AdapterConfig,
     row: Row,
     a: np.ndarray,
     b: np.ndarray,
-    rank: int,
     shapes: Mapping[str, Shape],
 ) -> dict[str, Adapter]:
-    """Returns the adapters in one module by the path of their kernel; the inverse of `_join`.
+    """Returns the adapters in one module by the path of their kernel; the inverse of `join`.
 
     An adapter of rank r on a whole fused module is an adapter of each of its projections.
     """
-    total = len(a)
-    if total % rank:
-        raise _other_rank(file, row, total, rank)
-    n = total // rank
-    b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.params]
+    rank = config.rank
+    if len(a) % rank:
+        raise _other_rank(config, row, len(a))
+    n = len(a) // rank
     blocks = [
         block.reshape(n, rank, *block.shape[1:])
-        for block in _b_row(row).split(b, b_shapes)
+        for block in split_b(row, b, shapes).values()
     ]
     # Which of the n parts of rank r each projection uses.
     used = [[i for i in range(n) if block[i].any()] for block in blocks]
     if not any(used):  # fresh adapters, with B = 0
         used = [[i] for i in range(n)] if n == len(blocks) else [[0]] * len(blocks)
     if max(map(len, used)) > 1:
-        raise _other_rank(file, row, total, rank)
+        raise _other_rank(config, row, len(a))
     adapters = {}
     for path, block, indices in zip(row.params, blocks, used, strict=True):
         for i in indices:
             part = a[i * rank : (i + 1) * rank]
-            inputs = shapes[path][: row.inputs]
-            adapters[path] = part.T.reshape(*inputs, rank), block[i]
+            adapters[path] = shape_a(row, part, shapes[path]), block[i]
     return adapters
 
 
-def _other_rank(path: Path, row: Row, total: int, rank: int) -> CheckpointError:
+def _other_rank(config: AdapterConfig, row: Row, total: int) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
+        f"{config.path}: {module_name(row)}: an adapter of rank {total} is not one of rank "
+        f"{config.rank} per part; {MERGE}"
     )
-
-
-def _b_row(row: Row) -> Row:
-    """Returns the row of lora_B: as the kernel's, but [out, r] in every family."""
-    return dataclasses.replace(row, inputs=1, out_first=True)
 
 
 def _describe(
@@ -330,6 +163,7 @@ def _describe(
     wider = {name: rank for name, rank in ranks.items() if rank != config.rank}
     return {
         **PLAIN,
+        "use_rslora": False,
         "task_type": "CAUSAL_LM" if model.head == "lm" else "SEQ_CLS",
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -343,20 +177,13 @@ def _describe(
     }
 
 
-def _validate_scale(folder: Path, module: str, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if a module's alpha / r is not that of all."""
-
-    def pattern(key: str, default: str) -> float:
-        for end, value in (config.get(key) or {}).items():
-            if f".{module}".endswith(f".{end}"):
-                return float(value)
-        return float(config[default])
-
-    scale = pattern("alpha_pattern", "lora_alpha") / pattern("rank_pattern", "r")
-    if not np.isclose(scale, config["lora_alpha"] / config["r"]):
+def _validate_scale(config: AdapterConfig, module: str) -> None:
+    """Raises CheckpointError if a module's scale is not that of all."""
+    scale = config.scale_of(module)
+    if not np.isclose(scale, config.scale):
         raise CheckpointError(
-            f"{folder / CONFIG}: {module} has its own scale, {scale}, "
-            "where ours have one for all"
+            f"{config.path}: {module} has its own scale, {scale}, where adapters that are trained "
+            f"have one for all; {MERGE}"
         )
 
 
@@ -388,7 +215,7 @@ def _by_kernel(model: Model, adapters: Params) -> dict[str, Adapter]:
     return by_kernel
 
 
-def _tree(model: Model, adapters: Mapping[str, Adapter]) -> Params:
+def tree_of(model: Model, adapters: Mapping[str, Adapter]) -> Params:
     """Returns the tree of adapters; the inverse of `_by_kernel`."""
     leaves = {}
     for path, pair in adapters.items():

@@ -21,6 +21,7 @@ from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
 from rlhfjax.interop import foreign
+from rlhfjax.interop.adapted import adapted
 from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout
 from rlhfjax.models import quantized
@@ -32,6 +33,20 @@ from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
 FOLDER, CONFIG = "model", "config.json"
+# Options of a model that may change when it is trained further: its context, regularization,
+# precision, layout and speed. The others say what its parameters are, or compute.
+CHANGEABLE = (
+    "attention",
+    "dropout",
+    "dtype",
+    "init_std",
+    "max_length",
+    "remat",
+    "rope_scaling",
+    "rope_theta",
+    "scale_residual_init",
+    "scan_layers",
+)
 # Written by a stage that describes a reward: {"kind": ..., ...}.
 REWARD = "reward.json"
 
@@ -74,17 +89,18 @@ class Opened(NamedTuple):
     params: Callable[[], PyTree]  # reads them straight into their shards
 
 
-def load(path: str | Path, layout: Layout) -> SavedModel:
+def load(path: str | Path, layout: Layout, adapter: str = "") -> SavedModel:
     """Returns a model, its arrays read straight into their shards.
 
     A model trained with an attention kernel that these devices lack is read as one with "einsum".
 
     Args:
       path: the model's folder, the workdir of the stage that made it, or a foreign name.
+      adapter: a PEFT folder, which is merged into the model; empty: none.
     Raises:
       CheckpointError: there is no whole model, or its parameters are damaged.
     """
-    opened = open_model(path, layout)
+    opened = open_model(path, layout, adapter=adapter)
     return SavedModel(opened.model, opened.params(), opened.tokenizer)
 
 
@@ -93,25 +109,36 @@ def open_model(
     layout: Layout,
     changes: Mapping[str, Any] | None = None,
     context: str = "",
+    adapter: str = "",
 ) -> Opened:
     """Returns the model that `load` would read, without its parameters.
+
+    A language model samples only ids that its tokenizer has.
 
     Args:
       changes: options that replace those of its model_config. Layers are stacked or unstacked to
         match `scan_layers`.
       context: where `changes` stand, for an error.
+      adapter: a PEFT folder, which is merged into the model; empty: none.
     Raises:
       ConfigError: an option does not exist or would change the parameters.
       CheckpointError: as `load` does.
     """
     found = _find(path)
+    if adapter:
+        found = adapted(found, adapter)
     model = _with_available_kernel(found.model, layout, path)
     other = overridden(model, changes or {}, context)
+    if differences := _differences(model.config, other.config):
+        log.info("%s: read with %s", path, differences)
 
     def params() -> PyTree:
         return _restacked(found.params(layout), model, other)
 
-    return Opened(other, found.tokenizer(), params)
+    tokenizer = found.tokenizer()
+    if other.head == "lm":
+        other = other.restricted(tokenizer.vocab_size)
+    return Opened(other, tokenizer, params)
 
 
 def _find(path: str | Path) -> Foreign:
@@ -192,7 +219,7 @@ def overridden(model: Model, changes: Mapping[str, Any], context: str) -> Model:
     """Returns the model with other options.
 
     Raises:
-      ConfigError: an option does not exist or would change the parameters.
+      ConfigError: an option does not exist, would change the parameters, or what they compute.
     """
     if not changes:
         return model
@@ -205,7 +232,26 @@ def overridden(model: Model, changes: Mapping[str, Any], context: str) -> Model:
         raise ConfigError(
             f"{context}: {names} would make another model of it, with other parameters"
         )
+    for name in sorted(changes):
+        is_same = getattr(config, name) == getattr(model.config, name)
+        if name not in CHANGEABLE and not is_same:
+            raise ConfigError(
+                f"{context}: {name} belongs to the parameters: accepted are "
+                f"{', '.join(CHANGEABLE)}"
+            )
     return other
+
+
+def _differences(before: TransformerConfig, after: TransformerConfig) -> str:
+    """Returns the options that differ, for people: "max_length=64 (was 32), …"; "" if none do."""
+    old, new = (
+        json_text.leaves(dataclasses.asdict(config)) for config in (before, after)
+    )
+    return ", ".join(
+        f"{name}={value} (was {old.get(name)})"
+        for name, value in new.items()
+        if value != old.get(name)
+    )
 
 
 def _restacked(params: PyTree, model: Model, other: Model) -> PyTree:

@@ -4,91 +4,52 @@ Each parameter carries the logical names of its axes. Only rlhfjax/models uses t
 code calls `rlhfjax.models.transformer.Model`.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.mesh import constrain
 from rlhfjax.models import quantized
-from rlhfjax.models.attention import RopeTables, dropout, rotate
+from rlhfjax.models.attention import dropout
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import Experts
 from rlhfjax.models.linear import linear
 from rlhfjax.models.lora import NAMES, LoraConfig
+from rlhfjax.models.parts import GATES, GELU, parameter, residual_std
+from rlhfjax.models.rope import RopeTables, rotate
 
 RESIDUAL = ("batch", "time", "embed")
-GELU = {
-    "gelu": functools.partial(nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(nn.gelu, approximate=False),
-}
-
-
-class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """A fresh parameter with the logical names of its axes.
-
-    Linen's own boxes would constrain the parameter to mesh axes.
-    """
-
-    value: Any
-    names: tuple[str | None, ...] = struct.field(pytree_node=False)
-
-    def unbox(self):
-        return self.value
-
-    def replace_boxed(self, val):
-        return self.replace(value=val)
-
-    def add_axis(self, index, params):
-        raise NotImplementedError("layers are stacked by Model.init")
-
-    remove_axis = add_axis
-
-
-def _parameter(
-    module: nn.Module,
-    name: str,
-    init: float | Callable[..., jax.Array],
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-) -> Any:
-    """Returns a float32 parameter.
-
-    Args:
-      init: the standard deviation of a normal distribution around 0, or an initializer.
-      axes: the logical names of its dimensions.
-    """
-    make = init if callable(init) else nn.initializers.normal(init)
-
-    def named(*args):
-        return Named(make(*args), axes)
-
-    return module.param(name, named, shape, jnp.float32)
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 3), in float32."""
+    """RMSNorm (Zhang & Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 3), in float32.
+
+    The last dimensions, which `axes` names, are normalized together.
+    """
 
     config: TransformerConfig
+    axes: tuple[str, ...] = ("embed",)
 
     @nn.compact
     def __call__(self, x):
-        eps = self.config.norm_eps
-        shape, axes = (x.shape[-1],), ("embed",)
+        c, eps = self.config, self.config.norm_eps
+        shape, normalized = x.shape[-len(self.axes) :], tuple(range(-len(self.axes), 0))
+        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+        scale = parameter(self, "scale", init, shape, self.axes)
+        if c.norm_plus_one:
+            scale = 1 + scale
         wide = x.astype(jnp.float32)
-        scale = _parameter(self, "scale", nn.initializers.ones, shape, axes)
-        if self.config.norm == "rmsnorm":
-            size = jnp.square(wide).mean(-1, keepdims=True)
+        if c.norm == "rmsnorm":
+            size = jnp.square(wide).mean(normalized, keepdims=True)
             out = wide * jax.lax.rsqrt(size + eps) * scale
             return out.astype(x.dtype)
-        bias = _parameter(self, "bias", nn.initializers.zeros, shape, axes)
-        wide = wide - wide.mean(-1, keepdims=True)
-        size = jnp.square(wide).mean(-1, keepdims=True)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape, self.axes)
+        wide = wide - wide.mean(normalized, keepdims=True)
+        size = jnp.square(wide).mean(normalized, keepdims=True)
         out = wide * jax.lax.rsqrt(size + eps) * scale + bias
         return out.astype(x.dtype)
 
@@ -110,12 +71,13 @@ class Project(nn.Module):
     bias: bool
     inputs: int = 1
     lora: LoraConfig = LoraConfig()
+    dtype: str | None = None  # of the inputs of the product; None: that of x
 
     @nn.compact
     def __call__(self, x):
         n = self.inputs
         out_shape, out_axes = self.shape[n:], self.axes[n:]
-        kernel = _parameter(self, "kernel", self.std, self.shape, self.axes)
+        kernel = parameter(self, "kernel", self.std, self.shape, self.axes)
         flat = kernel.reshape(math.prod(self.shape[:n]), math.prod(out_shape))
         x = x.reshape(*x.shape[:2], flat.shape[0])
         if jnp.issubdtype(kernel.dtype, jnp.integer):
@@ -124,13 +86,13 @@ class Project(nn.Module):
             scale = scale.reshape(*input_shape, flat.shape[1])
             y = quantized.linear(x, flat, scale)
         else:
-            y = linear(x, flat.astype(x.dtype))
+            y = linear(x, flat, self.dtype)
         if self._has_adapters():
             y = y + self._low_rank(x)
         y = y.reshape(*x.shape[:2], *out_shape)
         if not self.bias:
             return y
-        bias = _parameter(self, "bias", nn.initializers.zeros, out_shape, out_axes)
+        bias = parameter(self, "bias", nn.initializers.zeros, out_shape, out_axes)
         return y + bias.astype(x.dtype)
 
     def _has_adapters(self):
@@ -149,13 +111,13 @@ class Project(nn.Module):
             1 / 3, "fan_in", "uniform", in_axis=range(n), out_axis=n
         )
         shape, axes = (*self.shape[:n], rank), (*self.axes[:n], None)
-        a = _parameter(self, NAMES[0], uniform, shape, axes)
+        a = parameter(self, NAMES[0], uniform, shape, axes)
         shape, axes = (rank, *self.shape[n:]), (None, *self.axes[n:])
-        b = _parameter(self, NAMES[1], nn.initializers.zeros, shape, axes)
+        b = parameter(self, NAMES[1], nn.initializers.zeros, shape, axes)
         key = self.make_rng("lora") if self.has_rng("lora") else None
         x = dropout(x, config.dropout, key)
-        inner = linear(x, a.astype(x.dtype).reshape(width, rank)) * config.scale
-        return linear(inner, b.astype(x.dtype).reshape(rank, -1))
+        inner = linear(x, a.reshape(width, rank), self.dtype) * config.scale
+        return linear(inner, b.reshape(rank, -1), self.dtype)
 
 
 class Attention(nn.Module):
@@ -178,16 +140,21 @@ class Attention(nn.Module):
     ):
         c = self.config
 
-        def project(name, x, heads, axis, rope, time=None):
+        def project(name, x, heads, axis, rope, time=None, normed=True):
             module = Project(
                 shape=(c.d_model, heads, c.head_dim),
                 axes=("embed", axis, "head_dim"),
                 std=float(c.init_std),
-                bias=c.bias or c.qkv_bias,
+                bias=c.bias or c.attention_bias or c.qkv_bias,
                 lora=self.lora,
+                dtype=c.product_dtype,
                 name=name,
             )
-            y = module(x).swapaxes(1, 2)
+            y = module(x)
+            if normed and c.qk_norm != "none":
+                axes = ("head_dim",) if c.qk_norm == "head" else (axis, "head_dim")
+                y = Norm(c, axes, name=f"{name}_norm")(y)
+            y = y.swapaxes(1, 2)
             y = y if rope is None else rotate(y, rope)
             return constrain(y, ("batch", axis, time, "head_dim"))
 
@@ -195,23 +162,25 @@ class Attention(nn.Module):
         queried, query_rope = pick(x), jax.tree.map(pick, rope)
         q = project("query", queried, c.n_heads, "heads", query_rope, time="time")
         k = project("key", x, c.kv_heads, "kv_heads", rope)
-        v = project("value", x, c.kv_heads, "kv_heads", None)
+        v = project("value", x, c.kv_heads, "kv_heads", None, normed=False)
         out = Project(
             shape=(c.n_heads, c.head_dim, c.d_model),
             axes=("heads", "head_dim", "embed"),
             std=residual_std(c),
-            bias=c.bias,
+            bias=c.bias or c.attention_bias,
             inputs=2,
             lora=self.lora,
+            dtype=c.product_dtype,
             name="out",
         )
         return out(attend(q, k, v).swapaxes(1, 2))
 
 
 class MLP(nn.Module):
-    """SwiGLU, (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6), or gelu(x W_up) W_down.
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down, GEGLU with gelu for silu, or gelu(x W_up) W_down.
 
-    gelu(x) = x Phi(x), or its tanh form (Hendrycks & Gimpel 2016, section 2).
+    Source: Shazeer 2020, eqs. 5 and 6. gelu(x) = x Phi(x), or its tanh form (Hendrycks & Gimpel
+    2016, section 2).
     """
 
     config: TransformerConfig
@@ -224,13 +193,22 @@ class MLP(nn.Module):
         def project(name, x, std, inputs, outputs):
             widths = {"embed": c.d_model, "mlp": c.d_ff}
             shape, axes = (widths[inputs], widths[outputs]), (inputs, outputs)
-            return Project(shape, axes, std, c.bias, lora=self.lora, name=name)(x)
+            module = Project(
+                shape=shape,
+                axes=axes,
+                std=std,
+                bias=c.bias,
+                lora=self.lora,
+                dtype=c.product_dtype,
+                name=name,
+            )
+            return module(x)
 
         def expand(name):
             return project(name, x, float(c.init_std), "embed", "mlp")
 
-        if c.mlp == "swiglu":
-            y = nn.silu(expand("gate")) * expand("up")
+        if c.mlp in GATES:
+            y = GATES[c.mlp](expand("gate")) * expand("up")
         else:
             y = GELU[c.mlp](expand("up"))
         y = constrain(y, ("batch", "time", "mlp"))
@@ -238,7 +216,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; TransformerConfig has the equations of its three forms.
+    """One layer; TransformerConfig has the equations of its forms.
 
     The output is at the positions that `pick` selects.
     """
@@ -257,14 +235,19 @@ class Block(nn.Module):
     ):
         c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
-        norm_1, norm_2 = Norm(c, name="norm_1"), Norm(c, name="norm_2")
+        norm_1, norm_2, norm_3, norm_4 = (
+            Norm(c, name=f"norm_{i}") for i in (1, 2, 3, 4)
+        )
 
         def attention(x):
             y = Attention(c, self.lora, name="attention")(x, rope, attend, pick)
             return dropout(y, c.dropout, keys[0])
 
         def mlp(x):
-            return dropout(MLP(c, self.lora, name="mlp")(x), c.dropout, keys[1])
+            part = (
+                Experts(c, name="mlp") if c.n_experts else MLP(c, self.lora, name="mlp")
+            )
+            return dropout(part(x), c.dropout, keys[1])
 
         if c.residual == "parallel":
             x = pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x)))
@@ -272,6 +255,12 @@ class Block(nn.Module):
         if c.residual == "post_norm":
             x = constrain(norm_1(pick(x) + attention(x)), RESIDUAL)
             return constrain(norm_2(x + mlp(x)), RESIDUAL)
+        if c.residual == "norm_after":
+            x = constrain(pick(x) + norm_1(attention(x)), RESIDUAL)
+            return constrain(x + norm_2(mlp(x)), RESIDUAL)
+        if c.residual == "sandwich":
+            x = constrain(pick(x) + norm_2(attention(norm_1(x))), RESIDUAL)
+            return constrain(x + norm_4(mlp(norm_3(x))), RESIDUAL)
         x = constrain(pick(x) + attention(norm_1(x)), RESIDUAL)
         return constrain(x + mlp(norm_2(x)), RESIDUAL)
 
@@ -290,9 +279,9 @@ class Embed(nn.Module):
         c = self.config
         std = float(c.init_std)
         shape, axes = (c.vocab_size, c.d_model), ("vocab", "embed")
-        table = _parameter(self, "tokens", std, shape, axes)
+        table = parameter(self, "tokens", std, shape, axes)
         if table.dtype == jnp.int8:
-            scale = _parameter(
+            scale = parameter(
                 self,
                 "tokens" + quantized.SCALE,
                 nn.initializers.ones,
@@ -302,16 +291,18 @@ class Embed(nn.Module):
             scale = scale[:, None]
             values = _look_up(table, tokens)
             scales = _look_up(scale, tokens)
-            x = (values.astype(jnp.float32) * scales).astype(c.dtype)
+            x = (values.astype(jnp.float32) * scales).astype(c.activation_dtype)
         else:
             # Each device looks up whole rows of its tokens. Without this constraint the partitioner
             # makes every device look up its columns for the whole batch.
-            table = constrain(table.astype(c.dtype), ("vocab", None))
+            table = constrain(table.astype(c.activation_dtype), ("vocab", None))
             x = _look_up(table, tokens)
+        if c.scale_embedding:
+            x = x * jnp.asarray(c.d_model**0.5, x.dtype)
         if c.positions == "learned":
             shape, axes = (c.max_length, c.d_model), ("positions", "embed")
-            table = _parameter(self, "positions", std, shape, axes)
-            table = constrain(table.astype(c.dtype), (None, None))
+            table = parameter(self, "positions", std, shape, axes)
+            table = constrain(table.astype(c.activation_dtype), (None, None))
             x = x + _look_up(table, positions)
         return x
 
@@ -329,7 +320,7 @@ class Unembed(nn.Module):
     def __call__(self):
         c = self.config
         shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
-        return _parameter(self, "kernel", float(c.init_std), shape, axes)
+        return parameter(self, "kernel", float(c.init_std), shape, axes)
 
 
 class ScalarHead(nn.Module):
@@ -343,15 +334,6 @@ class ScalarHead(nn.Module):
     @nn.compact
     def __call__(self):
         std = (self.width + 1) ** -0.5
-        kernel = _parameter(self, "kernel", std, (self.width,), ("embed",))
-        bias = _parameter(self, "bias", nn.initializers.zeros, (), ())
+        kernel = parameter(self, "kernel", std, (self.width,), ("embed",))
+        bias = parameter(self, "bias", nn.initializers.zeros, (), ())
         return kernel, bias
-
-
-def residual_std(config: TransformerConfig) -> float:
-    """Returns the init std of the projections that write into the residual stream.
-
-    GPT-2 divides it by the square root of the number of such projections.
-    """
-    scale = (2 * config.n_layers) ** -0.5 if config.scale_residual_init else 1.0
-    return float(config.init_std * scale)

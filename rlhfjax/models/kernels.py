@@ -9,14 +9,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.mesh import per_device
-from rlhfjax.models.attention import allowed
+from rlhfjax.models.attention import PLAIN, Scoring, allowed
 
 LANES = 128  # sequences are padded to a multiple of this; so is a splash block
 BLOCKS = (512, 256, 128)
@@ -32,17 +28,27 @@ def cudnn_attention(
     k: Float[Array, "b g t k"],
     v: Float[Array, "b g t k"],
     segment_ids: Int[Array, "b t"] | None = None,
+    *,
+    window: int | None = None,
+    scoring: Scoring = PLAIN,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "b h t k"]:
     """Returns causal attention within documents by `jax.nn.dot_product_attention`.
 
-    cuDNN computes only in bfloat16.
+    cuDNN computes only in bfloat16, and has no soft cap (TransformerConfig refuses it).
     """
     t = q.shape[2]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     mask = None if segment_ids is None else allowed(segment_ids, 0, t)[:, None]
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=True, implementation=implementation
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scoring.scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
     )
     return out.swapaxes(1, 2)
 
@@ -53,6 +59,8 @@ def splash_attention(
     v: Float[Array, "b g t k"],
     segment_ids: Int[Array, "b t"] | None = None,
     *,
+    window: int | None = None,
+    scoring: Scoring = PLAIN,
     interpret: bool = False,
 ) -> Float[Array, "b h t k"]:
     """Returns causal attention within documents by the Pallas kernel.
@@ -62,21 +70,22 @@ def splash_attention(
     Args:
       interpret: run the kernel's program step by step on any device, for tests.
     """
-    b, _, t, d = q.shape
+    # Pallas is imported late: it takes long, and few runs use it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    b, _, t, _ = q.shape
     if segment_ids is None:
         segment_ids = jnp.ones((b, t), jnp.int32)
     padding = -t % LANES
 
     def attend(q, k, v, segment_ids):
-        kernel = _kernel(q.shape[1], t + padding, interpret)
-        q = q * d**-0.5
+        kernel = _kernel(q.shape[1], t + padding, window, scoring.softcap, interpret)
+        q = scoring.scaled(q)
         q, k, v = (
             jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v)
         )
         ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-        out: Any = jax.vmap(kernel)(
-            q, k, v, splash_attention_kernel.SegmentIds(ids, ids)
-        )
+        out: Any = jax.vmap(kernel)(q, k, v, SegmentIds(ids, ids))
         return out[:, :, :t].astype(q.dtype)
 
     heads = ("batch", "heads", None, "head_dim")
@@ -85,7 +94,14 @@ def splash_attention(
     return per_device(attend, inputs, heads)(q, k, v, segment_ids)
 
 
-def _kernel(heads: int, time: int, interpret: bool):
+def _kernel(
+    heads: int, time: int, window: int | None, softcap: float | None, interpret: bool
+):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
     block = next(size for size in BLOCKS if time % size == 0)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -97,11 +113,15 @@ def _kernel(heads: int, time: int, interpret: bool):
         block_q_dq=block,
         block_kv_dq=block,
     )
-    head_mask = splash_attention_mask.CausalMask((time, time))
+    shape = (time, time)
+    head_mask: Any = splash_attention_mask.CausalMask(shape)
+    if window is not None:
+        head_mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), offset=0)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([head_mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
     )

@@ -11,18 +11,43 @@ chunks of the global batch they would be summed in every chunk.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from rlhfjax.mesh import constrain, shards
-from rlhfjax.models.linear import transposed
+from rlhfjax.models.linear import product_dtype, transposed
+from rlhfjax.models.softcap import capped, slope
 from rlhfjax.types import PyTree
 
 CHUNK_ELEMENTS = 2**23  # logits of one chunk on one device: 32 MiB in float32
 SHARDS = ("batch", "time")  # the two leading axes in `per_shard`
+# The logit of an id that is left out. Its probability is exactly 0. It is finite, because p log p
+# of an infinite one has no gradient.
+LEFT_OUT = -1e30
+
+
+class Output(NamedTuple):
+    """How hidden states become logits."""
+
+    tied: bool  # whether the matrix is the embedding [v, d], or [d, v]
+    softcap: float | None = None  # logits l become c tanh(l / c); None: they stay
+    dtype: str | None = None  # of the inputs of the products; None: that of hidden
+
+    def narrowed(
+        self, x: Float[Array, "*x"], hidden: Float[Array, "*b d"]
+    ) -> Float[Array, "*x"]:
+        """Returns an input of a product with hidden states, rounded to its dtype."""
+        return x.astype(self.dtype or hidden.dtype)
+
+    def logits(
+        self, hidden: Float[Array, "... d"], output: Num[Array, "x y"]
+    ) -> Float[Array, "... v"]:
+        """Returns float32 logits."""
+        logits = unembed(hidden, output, self.tied, self.dtype)
+        return capped(logits, self.softcap)
 
 
 def cross_entropy(
@@ -32,14 +57,20 @@ def cross_entropy(
     mask: Float[Array, "b t"],
     *,
     tied: bool,
+    softcap: float | None = None,
+    dtype: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the summed next-token loss and its weight, both float32.
 
       sum_i mask_i (logsumexp(logits_i) - logits_i[target_i])  (nats),   sum_i mask_i
 
     The gradient is computed together with the loss, chunk by chunk.
+
+    Args:
+      dtype: of the inputs of the products; None: that of hidden.
     """
-    return _cross_entropy(hidden, output, targets, mask, tied), mask.sum()
+    how = Output(tied, softcap, dtype)
+    return _cross_entropy(hidden, output, targets, mask, how), mask.sum()
 
 
 def logprobs(
@@ -49,6 +80,9 @@ def logprobs(
     temperature: float = 1.0,
     *,
     tied: bool,
+    softcap: float | None = None,
+    dtype: str | None = None,
+    ids: int | None = None,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """Returns log p(target) and the entropy -sum p log p of p = softmax(logits / temperature).
 
@@ -58,37 +92,129 @@ def logprobs(
     for (800, -800, 800) it gives 0.7164 instead of ln 2.
 
     The backward pass recomputes the logits of each chunk, unless there is only one chunk.
+
+    Args:
+      dtype: of the inputs of the products; None: that of hidden.
+      ids: p is over the ids below it; None: over all.
     """
+    how = Output(tied, softcap, dtype)
 
     def local(hidden, output, targets):
         def step(_, chunk):
             x, y = chunk
-            logits = unembed(x, output, tied) / temperature
+            logits = below(how.logits(x, output), ids) / temperature
             lse = jax.nn.logsumexp(logits, axis=-1)
             logprob = _at(logits, y) - lse
             log_p = logits - lse[..., None]
             return None, (logprob, -(jnp.exp(log_p) * log_p).sum(-1))
 
-        if _n_chunks(hidden, output, tied) > 1:
+        if _n_chunks(hidden, output, how.tied) > 1:
             step = jax.checkpoint(step)
-        return _scan(step, None, hidden, output, tied, targets)[1]
+        return _scan(step, None, hidden, output, how.tied, targets)[1]
 
-    parts, join = per_shard(local, hidden, output, tied, targets)
+    parts, join = per_shard(local, hidden, output, how.tied, targets)
     return jax.tree.map(join, parts)
+
+
+def vocabulary_kl(
+    hiddens: tuple[Float[Array, "b t d"], Float[Array, "b t d"]],
+    outputs: tuple[Float[Array, "x y"], Float[Array, "x y"]],
+    temperature: float = 1.0,
+    *,
+    how: Output,
+    ids: int | None = None,
+) -> Float[Array, "b t"]:
+    """Returns KL(p || q) = sum_v p_v (log p_v - log q_v) at every position, nats, float32.
+
+    p and q are softmax(logits / temperature) of two models, over the whole vocabulary. The logits
+    of both exist for one chunk at a time. It has no gradient to save memory for.
+
+    Args:
+      hiddens, outputs: of p's model and of q's, which have the same config.
+      ids: p and q are over the ids below it; None: over all.
+    """
+    mine, other = hiddens
+
+    def local(hidden, outputs, other):
+        def log_softmax(x, output):
+            logits = below(how.logits(x, output), ids)
+            return jax.nn.log_softmax(logits / temperature, axis=-1)
+
+        def step(_, chunk):
+            x, y = chunk
+            log_p = log_softmax(x, outputs[0])
+            log_q = log_softmax(y, outputs[1])
+            p, q = jnp.exp(log_p), jnp.exp(log_q)
+            # sum (q - p) is 0. With it no term is negative, and an error of a logsumexp cancels.
+            return None, (p * (log_p - log_q) + (q - p)).sum(-1)
+
+        return _scan(step, None, hidden, outputs[0], how.tied, other)[1]
+
+    parts, join = per_shard(local, mine, outputs, how.tied, other)
+    return join(parts)
+
+
+def below(logits: Float[Array, "*b v"], ids: int | None) -> Float[Array, "*b v"]:
+    """Returns logits with probability 0 for all but the first `ids` ids; None leaves all."""
+    if ids is None:
+        return logits
+    is_below = jnp.arange(logits.shape[-1]) < ids
+    return jnp.where(is_below, logits, LEFT_OUT)
 
 
 def unembed(
     hidden: Float[Array, "... d"],
     output: Num[Array, "x y"],
     tied: bool,
+    dtype: str | None = None,
 ) -> Float[Array, "... v"]:
-    """Returns float32 logits: hidden . output^T if tied (output [v, d]), else hidden . output."""
+    """Returns float32 logits: hidden . output^T if tied (output [v, d]), else hidden . output.
+
+    Args:
+      dtype: both are rounded to it before they are multiplied; None: that of hidden.
+    """
+    dtype = product_dtype(hidden, output, dtype)
+    if dtype == str(hidden.dtype):
+        return _product(hidden, output.astype(dtype), tied)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits: Any = _rounded(rows, output, tied, dtype)
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _product(hidden, output, tied):
     return jnp.einsum(
         "...d,vd->...v" if tied else "...d,dv->...v",
         hidden,
-        output.astype(hidden.dtype),
+        output,
         preferred_element_type=jnp.float32,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rounded(
+    hidden: Float[Array, "n d"], output: Float[Array, "x y"], tied: bool, dtype: str
+) -> Float[Array, "n v"]:
+    """Returns `unembed` of inputs rounded to dtype; so are those of its gradients' products."""
+    return _rounded_forward(hidden, output, tied, dtype)[0]
+
+
+def _rounded_forward(hidden, output, tied, dtype):
+    narrow = hidden.astype(dtype)
+    return _product(narrow, output.astype(dtype), tied), (narrow, output)
+
+
+def _rounded_backward(tied, dtype, saved, d_logits):
+    hidden, output = saved
+    d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
+    d_hidden = _product(d_logits, output.astype(dtype), not tied)
+    d_output = jnp.einsum(
+        "nd,nv->dv", hidden, d_logits, preferred_element_type=jnp.float32
+    )
+    d_output = transposed(d_output) if tied else d_output
+    return d_hidden, d_output.astype(output.dtype)
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 # ------------------------------------------------------------------ cross-entropy
@@ -100,21 +226,21 @@ def _cross_entropy(
     output: Float[Array, "x y"],
     targets: Int[Array, "b t"],
     mask: Float[Array, "b t"],
-    tied: bool,
+    how: Output,
 ) -> Float[Array, ""]:
     def local(hidden, output, targets, mask):
         def step(total, chunk):
             x, y, m = chunk
-            logits = unembed(x, output, tied)
+            logits = how.logits(x, output)
             picked = _at(logits, y)
             nll = jax.nn.logsumexp(logits, axis=-1) - picked
             return total + (nll * m).sum(), None
 
         zero = jnp.zeros((), jnp.float32)
-        return _scan(step, zero, hidden, output, tied, targets, mask)[0]
+        return _scan(step, zero, hidden, output, how.tied, targets, mask)[0]
 
-    output = output.astype(hidden.dtype)
-    totals, _ = per_shard(local, hidden, output, tied, targets, mask)
+    output = how.narrowed(output, hidden)
+    totals, _ = per_shard(local, hidden, output, how.tied, targets, mask)
     return totals.sum()
 
 
@@ -123,26 +249,26 @@ def _cross_entropy_forward(
     output: Float[Array, "x y"],
     targets: Int[Array, "b t"],
     mask: Float[Array, "b t"],
-    tied: bool,
+    how: Output,
 ):
     """Returns the loss, and its gradient for the backward pass.
 
     The gradient is computed while each chunk's logits are at hand (as in Liger Kernel), so that
     nothing is recomputed.
     """
-    local = functools.partial(_loss_and_gradient, tied)
-    output = output.astype(hidden.dtype)
-    parts, join = per_shard(local, hidden, output, tied, targets, mask)
+    local = functools.partial(_loss_and_gradient, how)
+    output = how.narrowed(output, hidden)
+    parts, join = per_shard(local, hidden, output, how.tied, targets, mask)
     total, d_output, d_hidden, nll = parts
     d_output = d_output.reshape(-1, *d_output.shape[2:]).sum(0)
     loss = total.sum()
     d_hidden = join(d_hidden)
-    d_output = transposed(d_output) if tied else d_output
+    d_output = transposed(d_output) if how.tied else d_output
     return loss, (d_hidden, d_output, join(nll))
 
 
 def _loss_and_gradient(
-    tied: bool,
+    how: Output,
     hidden: Float[Array, "b t d"],
     output: Float[Array, "x y"],
     targets: Int[Array, "b t"],
@@ -156,28 +282,36 @@ def _loss_and_gradient(
     def step(carry, chunk):
         total, d_output = carry
         x, y, m = chunk
-        logits = unembed(x, output, tied)
+        x = how.narrowed(x, hidden)
+        logits = how.logits(x, output)
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = lse - _at(logits, y)
         hit = jnp.arange(logits.shape[-1]) == y[..., None]
         d_logits = (jnp.exp(logits - lse[..., None]) - hit) * m[..., None]
-        d_logits = d_logits.astype(hidden.dtype)
+        if how.softcap is not None:
+            d_logits *= slope(logits, how.softcap)
+        d_logits = how.narrowed(d_logits, hidden)
         # Computed once, then multiplied from both sides. The gradient of `output` is summed as
         # [d, v] and transposed at the end: transposing x is cheaper than transposing d_logits.
         d_logits = jax.lax.optimization_barrier(d_logits)
-        d_x = jnp.einsum("btv,vd->btd" if tied else "btv,dv->btd", d_logits, output)
+        d_x = jnp.einsum(
+            "btv,vd->btd" if how.tied else "btv,dv->btd",
+            d_logits,
+            output,
+            preferred_element_type=hidden.dtype,
+        )
         d_output += jnp.einsum(
             "btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32
         )
         return (total + (nll * m).sum(), d_output), (d_x, nll)
 
-    shape = output.shape[::-1] if tied else output.shape
+    shape = output.shape[::-1] if how.tied else output.shape
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
-    totals, outputs = _scan(step, zeros, hidden, output, tied, targets, mask)
+    totals, outputs = _scan(step, zeros, hidden, output, how.tied, targets, mask)
     return *totals, *outputs
 
 
-def _cross_entropy_backward(tied, saved, g):
+def _cross_entropy_backward(how, saved, g):
     d_hidden, d_output, d_mask = saved
     return (g * d_hidden).astype(d_hidden.dtype), g * d_output, None, g * d_mask
 
@@ -199,16 +333,16 @@ def _at(
 def per_shard(
     local: Callable[..., Any],
     hidden: Float[Array, "b t d"],
-    output: Float[Array, "x y"],
+    output: Float[Array, "x y"] | tuple[Float[Array, "x y"], ...],
     tied: bool,
-    *rows: Num[Array, "b t"],
+    *rows: Num[Array, "b t ..."],
 ) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
     """Maps local(hidden, output, *rows) over the rows of each device.
 
     Arrays [b, t, ...] are split into [m, n, b / m, t / n, ...] for m batch shards and n time
     shards, with zeros after t if n does not divide it. `local` is mapped over the first two axes.
-    `output` is broadcast to these axes too, so that its gradient is summed over devices only where
-    the broadcast ends.
+    `output`, one matrix or several, is broadcast to these axes too, so that its gradient is summed
+    over devices only where the broadcast ends.
 
     Returns:
       The results of `local` with the two axes in front, and `join`, which maps an array
@@ -234,10 +368,14 @@ def per_shard(
 
     # One copy per device, which holds `output` whole anyway. The broadcast adds one axis and not
     # two, so that the sum over it is one reduction.
-    copies = jnp.broadcast_to(output, (m * n, *output.shape))
-    copies = copies.reshape(m, n, *output.shape)
     output_axes = ("vocab", None) if tied else (None, "vocab")
-    copies = constrain(copies, (*SHARDS, *output_axes))
+
+    def copy(matrix):
+        copies = jnp.broadcast_to(matrix, (m * n, *matrix.shape))
+        copies = copies.reshape(m, n, *matrix.shape)
+        return constrain(copies, (*SHARDS, *output_axes))
+
+    copies = jax.tree.map(copy, output)
     mapped = jax.vmap(jax.vmap(local))
     return mapped(split(hidden), copies, *map(split, rows)), join
 
@@ -270,7 +408,7 @@ def _scan(
     hidden: Float[Array, "b t d"],
     output: Float[Array, "x y"],
     tied: bool,
-    *rows: Num[Array, "b t"],
+    *rows: Num[Array, "b t ..."],
 ) -> tuple[PyTree, PyTree]:
     """Scans `step(carry, (hidden, *rows))` over chunks of time.
 

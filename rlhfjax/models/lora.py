@@ -80,7 +80,7 @@ def adapters(config: LoraConfig, tree: Params) -> Params:
       tree: parameters with adapters at every projection.
 
     Raises:
-      ConfigError: `targets` matches no path.
+      ConfigError: `targets` matches no path, or one of experts, which have no adapters.
     """
     paths: list[str] = []
     matched = _adapters(config, tree, "", paths)
@@ -101,6 +101,11 @@ def _adapters(config: LoraConfig, tree: Params, path: str, paths: list[str]) -> 
     for name, subtree in tree.items():
         if isinstance(subtree, dict):
             subpath = f"{path}/{name}".lstrip("/")
+            if "router" in tree and re.search(config.targets, subpath):
+                raise ConfigError(
+                    f"lora.targets={config.targets!r} matches {subpath}: experts have no "
+                    "adapters, attention has them"
+                )
             if part := _adapters(config, subtree, subpath, paths):
                 matched[name] = part
     return matched

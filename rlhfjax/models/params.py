@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models import blocks
-from rlhfjax.models.attention import rope_of
+from rlhfjax.models import blocks, parts
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig, Params
+from rlhfjax.models.rope import rope_of
+
+# Names of parameters that are cast to the compute dtype where they are used.
+MATRICES = ("kernel", "tokens", "positions")
 
 
 def init_named(
@@ -15,10 +18,10 @@ def init_named(
     lora: LoraConfig,
     key: jax.Array,
 ) -> Params:
-    """Returns fresh parameters, each a `blocks.Named`; with LoRA adapters if lora.rank > 0."""
+    """Returns fresh parameters, each a `parts.Named`; with LoRA adapters if lora.rank > 0."""
     embed_key, layer_key, head_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    x = jnp.zeros((1, 1, config.d_model), config.dtype)
+    x = jnp.zeros((1, 1, config.d_model), config.activation_dtype)
     rope = rope_of(config, tokens)
     block = blocks.Block(config, lora)
 
@@ -51,7 +54,7 @@ def axis_names(config: TransformerConfig, named: Params) -> Params:
     """Returns the logical axis names of each array in the tree of `init_named`."""
 
     def is_named(x):
-        return isinstance(x, blocks.Named)
+        return isinstance(x, parts.Named)
 
     tree = jax.tree.map(lambda p: p.names, named, is_leaf=is_named)
     if config.scan_layers:
@@ -61,6 +64,28 @@ def axis_names(config: TransformerConfig, named: Params) -> Params:
             is_leaf=lambda x: isinstance(x, tuple),
         )
     return tree
+
+
+def in_compute_dtype(config: TransformerConfig, params: Params, axes: Params) -> Params:
+    """Returns the parameters with all matrices in the dtype of activations.
+
+    So a model computes the same bits, and casts nothing more; only products of narrower inputs
+    (`bfloat16_products`) still round theirs. A router computes in float32, and norms, biases and
+    quantized weights stay as they are.
+
+    Args:
+      axes: the logical axis names, `Model.axes()`.
+    """
+    out: Params = {}
+    for name, value in params.items():
+        names = axes.get(name) or ()
+        if isinstance(value, dict):
+            out[name] = in_compute_dtype(config, value, axes.get(name) or {})
+        elif name in MATRICES and "router" not in names and value.dtype == jnp.float32:
+            out[name] = value.astype(config.activation_dtype)
+        else:
+            out[name] = value
+    return out
 
 
 def stacked(params: Params) -> Params:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
+from rlhfjax.json_text import shown
 from rlhfjax.models.config import TransformerConfig
 
 # GPT-1 (Radford et al. 2018, section 4.1): a norm after each sum, learned positions, N(0, 0.02),
@@ -32,7 +33,8 @@ GPT2 = GPT1 | {
     "scale_residual_init": True,
 }
 # GPT-3 (Brown et al. 2020, section 2.1): "the same model and architecture as GPT-2", context 2048.
-# In the paper every second layer is locally banded sparse; ours are all dense. The paper names no
+# In the paper every second layer is locally banded sparse, of an unpublished width; ours are all
+# dense. attention_pattern=("full", "window"), window=N is the banded model. The paper names no
 # dropout.
 GPT3 = GPT2 | {"max_length": 2048, "dropout": 0.0}
 # Llama 2 (Touvron et al. 2023, section 2.2): RMSNorm, SwiGLU, RoPE, no biases, untied output,
@@ -41,6 +43,20 @@ LLAMA2 = {"vocab_size": 32000, "max_length": 4096, "tie_embeddings": False}
 # Llama 3 (Grattafiori et al. 2024, Table 3; context 8192 and vocabulary from config.json of the 8B
 # release).
 LLAMA3 = LLAMA2 | {"vocab_size": 128256, "max_length": 8192, "rope_theta": 500000.0}
+# Llama 3.1 and 3.2 (Grattafiori et al. 2024, section 3.4.2; config.json of each release): rotary
+# frequencies lowered for a context of 131,072; the 3.2 releases have a tied output.
+LLAMA3_SCALING = {
+    "kind": "llama3",
+    "factor": 8.0,
+    "original_length": 8192,
+    "low_frequency": 1.0,
+    "high_frequency": 4.0,
+}
+LLAMA31 = LLAMA3 | {"max_length": 131072, "rope_scaling": LLAMA3_SCALING}
+LLAMA32 = LLAMA31 | {
+    "rope_scaling": LLAMA3_SCALING | {"factor": 32.0},
+    "tie_embeddings": True,
+}
 # Pythia (Biderman et al. 2023, Table 1; the yml files of its repository; vocabularies as padded in
 # each config.json): GPT-NeoX, parallel attention and MLP, RoPE on a quarter of each head, untied
 # output. config.json has "gelu", which is x Phi(x); the training kernel ("bias-gelu-fusion") used
@@ -64,6 +80,106 @@ QWEN2 = {
     "rope_theta": 1e6,
     "norm_eps": 1e-6,
     "qkv_bias": True,
+}
+# Qwen3 (Qwen Team 2025, section 2 and Table 1; config.json of each release): no biases, queries and
+# keys normalized, heads of 128 at every width; 4B and smaller have a tied output.
+QWEN3 = {
+    "vocab_size": 151936,
+    "max_length": 40960,
+    "n_kv_heads": 8,
+    "d_head": 128,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "qk_norm": "head",
+}
+# Mistral 7B (Jiang et al. 2023, Table 1; config.json of v0.1): a Llama with a window in each layer.
+MISTRAL = {
+    "vocab_size": 32000,
+    "max_length": 32768,
+    "attention_pattern": ("window",),
+    "window": 4096,
+    "tie_embeddings": False,
+}
+# Qwen3-30B-A3B (Qwen Team 2025, section 2 and Table 2; config.json of the release): 8 of 128
+# experts per token, whose probabilities are normalized.
+QWEN3_MOE = QWEN3 | {
+    "n_kv_heads": 4,
+    "n_experts": 128,
+    "experts_per_token": 8,
+    "router_loss": 0.001,
+    "tie_embeddings": False,
+}
+# Mixtral 8x7B (Jiang et al. 2024, Table 1; config.json of v0.1): 2 of 8 experts, and no window.
+MIXTRAL = {
+    "vocab_size": 32000,
+    "max_length": 32768,
+    "n_kv_heads": 8,
+    "rope_theta": 1e6,
+    "n_experts": 8,
+    "experts_per_token": 2,
+    "router_loss": 0.02,
+    "tie_embeddings": False,
+}
+# Gemma (Gemma Team 2024, Table 1; config.json): scaled embeddings, norms times 1 + scale, GeGLU,
+# heads of 256.
+GEMMA = {
+    "vocab_size": 256000,
+    "max_length": 8192,
+    "norm_eps": 1e-6,
+    "norm_plus_one": True,
+    "scale_embedding": True,
+    "mlp": "geglu",
+}
+# Gemma 2 (Gemma Team 2024b, section 2 and Table 1; config.json): norms before and after each
+# sublayer, soft caps, a window in every second layer.
+GEMMA2 = GEMMA | {
+    "d_head": 256,
+    "residual": "sandwich",
+    "attention_pattern": ("window", "full"),
+    "window": 4096,
+    "attention_softcap": 50.0,
+    "logit_softcap": 30.0,
+}
+# Gemma 3 (Gemma Team 2025, section 2; config.json of the 1B release): five layers with a window to
+# one without, with separate bases, and normalized queries and keys instead of soft caps.
+GEMMA3 = GEMMA | {
+    "vocab_size": 262144,
+    "max_length": 32768,
+    "d_head": 256,
+    "residual": "sandwich",
+    "attention_pattern": ("window",) * 5 + ("full",),
+    "window": 512,
+    "rope_theta": 1e6,
+    "window_rope_theta": 10000.0,
+    "qk_norm": "head",
+}
+# Phi-3-mini (Abdin et al. 2024, section 2; config.json of the 4k release): a Llama whose window is
+# half of its context.
+PHI3 = {
+    "vocab_size": 32064,
+    "max_length": 4096,
+    "attention_pattern": ("window",),
+    "window": 2047,
+    "tie_embeddings": False,
+}
+# OLMo 2 (OLMo Team 2025, section 2; config.json of each release): norms after each sublayer;
+# queries and keys normalized over all heads.
+OLMO2 = {
+    "vocab_size": 100352,
+    "max_length": 4096,
+    "rope_theta": 500000.0,
+    "norm_eps": 1e-6,
+    "residual": "norm_after",
+    "qk_norm": "projection",
+    "tie_embeddings": False,
+}
+# SmolLM3 (config.json of the release): a Llama with a tied output; each fourth layer has no RoPE.
+SMOLLM3 = {
+    "vocab_size": 128256,
+    "max_length": 65536,
+    "rope_theta": 5e6,
+    "norm_eps": 1e-6,
+    "attention_pattern": ("full",) * 3 + ("full_no_rope",),
 }
 # SmolLM2 (config.json of each release): a Llama with a tied output; the two smaller models have
 # grouped keys.
@@ -128,6 +244,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-13b": _sizes(LLAMA2, 40, 5120, 40, 13824),
     "llama2-70b": _sizes(LLAMA2, 80, 8192, 64, 28672, n_kv_heads=8),
     "llama3-8b": _sizes(LLAMA3, 32, 4096, 32, 14336, n_kv_heads=8),
+    "llama3.1-8b": _sizes(LLAMA31, 32, 4096, 32, 14336, n_kv_heads=8),
+    "llama3.2-1b": _sizes(LLAMA32, 16, 2048, 32, 8192, n_kv_heads=8),
+    "llama3.2-3b": _sizes(LLAMA32, 28, 3072, 24, 8192, n_kv_heads=8),
     # init_std is sqrt(2 / (5 d)) where the yml has "small_init". Its "wang_init" of the residual
     # projections, 2 / (l sqrt(d)), is 1.12 (1B) and 0.79 (2.8B) times ours. The yml of 6.9B names
     # neither, so it has GPT-NeoX's defaults, which are ours.
@@ -138,6 +257,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smollm2-135m": _sizes(SMOLLM2, 30, 576, 9, 1536, n_kv_heads=3, init_std=576**-0.5),
     "smollm2-360m": _sizes(SMOLLM2, 32, 960, 15, 2560, n_kv_heads=5),
     "smollm2-1.7b": _sizes(SMOLLM2, 24, 2048, 32, 8192, rope_theta=130000.0),
+    "smollm3-3b": _sizes(SMOLLM3, 36, 2048, 16, 11008, n_kv_heads=4),
+    "qwen3-0.6b": _sizes(QWEN3, 28, 1024, 16, 3072),
+    "qwen3-1.7b": _sizes(QWEN3, 28, 2048, 16, 6144),
+    "qwen3-4b": _sizes(QWEN3, 36, 2560, 32, 9728),
+    "qwen3-8b": _sizes(QWEN3, 36, 4096, 32, 12288, tie_embeddings=False),
+    "qwen3-30b-a3b": _sizes(QWEN3_MOE, 48, 2048, 32, 768),
+    "mixtral-8x7b": _sizes(MIXTRAL, 32, 4096, 32, 14336),
+    "mistral-7b": _sizes(MISTRAL, 32, 4096, 32, 14336, n_kv_heads=8),
+    "gemma-2b": _sizes(GEMMA, 18, 2048, 8, 16384, n_kv_heads=1),
+    "gemma2-2b": _sizes(GEMMA2, 26, 2304, 8, 9216, n_kv_heads=4),
+    "gemma2-9b": _sizes(GEMMA2, 42, 3584, 16, 14336, n_kv_heads=8),
+    "gemma3-1b": _sizes(GEMMA3, 26, 1152, 4, 6912, n_kv_heads=1),
+    "phi3-mini": _sizes(PHI3, 32, 3072, 32, 8192),
+    "olmo2-1b": _sizes(OLMO2, 16, 2048, 16, 8192),
+    "olmo2-7b": _sizes(OLMO2, 32, 4096, 32, 11008),
 }
 
 
@@ -149,5 +283,7 @@ def preset(name: str, **changes: Any) -> TransformerConfig:
     """
     if name not in PRESETS:
         accepted = ", ".join(PRESETS)
-        raise ConfigError(f"model preset {name!r} is unknown: accepted are {accepted}")
+        raise ConfigError(
+            f"model preset {shown(name)} is unknown: accepted are {accepted}"
+        )
     return build(TransformerConfig, {**PRESETS[name], **changes}, "model")

@@ -92,9 +92,28 @@ def weights(params: Params, axes: Params) -> Params:
       axes: their logical axis names, `Model.axes()`. Adapters are not in it and stay as they are.
 
     Raises:
-      ConfigError: the weights are quantized already.
+      ConfigError: the weights are quantized already, or those of a mixture of experts.
     """
     return _quantized(params, axes, "int8")
+
+
+def weight_axes(params: Params, axes: Params) -> Params:
+    """Returns the logical axis names of parameters that may be those of `weights`.
+
+    A scale has the names of its matrix, without the axes that share it.
+
+    Args:
+      axes: the names of the parameters before they were quantized, `Model.axes()`.
+    """
+    out = dict(axes)
+    for name, names in axes.items():
+        if isinstance(names, dict):
+            out[name] = weight_axes(params[name], names)
+        elif name + SCALE in params:
+            shared = _inputs(name, names)
+            kept = [axis for i, axis in enumerate(names) if i not in shared]
+            out[name + SCALE] = tuple(kept)
+    return out
 
 
 def base(params: Params, axes: Params, kind: str) -> Params:
@@ -106,7 +125,7 @@ def base(params: Params, axes: Params, kind: str) -> Params:
       axes: their logical axis names, `Model.axes()`.
 
     Raises:
-      ConfigError: the weights are quantized already.
+      ConfigError: the weights are quantized already, or those of a mixture of experts.
     """
     backbone = params["backbone"]
     layers = _quantized(backbone["layers"], axes["backbone"]["layers"], kind)
@@ -120,6 +139,10 @@ def _quantized(params: Params, axes: Params, kind: str) -> Params:
         if isinstance(value, dict):
             out[name] = _quantized(value, names or {}, kind)
             continue
+        if "expert" in (names or ()):
+            raise ConfigError(
+                f"{kind} weights: experts have none, only dense models do"
+            )
         shared = _inputs(name, names)
         if not shared:
             out[name] = value

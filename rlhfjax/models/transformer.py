@@ -25,20 +25,21 @@ from jaxtyping import Array, Float, Int, Key
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import constrain
-from rlhfjax.models import blocks, logprobs, lora
+from rlhfjax.models import blocks, decoding, kinds, logprobs, lora
 from rlhfjax.models.attention import (
-    RopeTables,
     cached_attention,
     causal_attention,
     dropout,
-    rope_of,
 )
 from rlhfjax.models.cache import Cache, empty_cache, write
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import ROUTING, Routing, routing_of
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.models.lora import LoraConfig, Params
 from rlhfjax.models.params import axis_names, init_named, stacked, unstacked
 from rlhfjax.models.quantized import SCALE
+from rlhfjax.models.rope import RopeTables
+from rlhfjax.models.softcap import capped
 from rlhfjax.streams import LORA_DROPOUT
 
 __all__ = [
@@ -82,16 +83,31 @@ class Model:
     With `lora`, the trained parameters are adapters and a scalar head. Every function takes
     parameters with or without adapters in them. Quantized weights are recognized by their dtype
     (models.quantized).
+
+    A model may have more rows of embeddings than its tokenizer has ids, so that devices share them
+    evenly. `restricted` leaves these ids out of the distribution that is sampled from and of its
+    log-probabilities. `logits` and `cross_entropy` are of all ids.
     """
 
     config: TransformerConfig
     head: str = "lm"  # "lm" or "scalar"
     lora: LoraConfig = LoraConfig()
     int8_cache: bool = False  # whether the key/value cache of sampling is int8
+    sampled_ids: int | None = None  # only ids below it are sampled; None: all
 
     def __post_init__(self):
         if self.head not in ("lm", "scalar"):
             raise ConfigError(f"model head is {self.head!r}: accepted are lm, scalar")
+        if self.config.n_experts and self.lora.base != "float32":
+            raise ConfigError(
+                f"lora.base={self.lora.base!r}: the base of a mixture of experts is float32"
+            )
+
+    def restricted(self, vocab_size: int) -> "Model":
+        """Returns the model that samples only ids of a vocabulary; 0: its size is not known."""
+        if not 0 < vocab_size < self.config.vocab_size:
+            return self
+        return dataclasses.replace(self, sampled_ids=vocab_size)
 
     # ------------------------------------------------------------------ parameters
 
@@ -142,7 +158,21 @@ class Model:
         segment_ids: Int[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Returns the hidden states after the final norm, if any, in config.dtype.
+        """Returns the hidden states after the final norm, if any.
+
+        See `hidden_and_routing`.
+        """
+        return self.hidden_and_routing(params, tokens, positions, segment_ids, key)[0]
+
+    def hidden_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Routing | None]:
+        """Returns the hidden states, and how the tokens were routed to experts, if there are any.
 
         Args:
           positions: by default counted from 0 within each document.
@@ -157,8 +187,8 @@ class Model:
             documents = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = positions_of(documents)
         x, _, layer = self._begin(params, tokens, positions, segment_ids, key)
-        x = self._run(self._remat(layer), params, x, self.config.n_layers)
-        return self._norm(params, x)
+        x, routing = self._run(self._remat(layer), params, x, self.config.n_layers)
+        return self._norm(params, x), routing
 
     def last_hidden(
         self,
@@ -183,14 +213,35 @@ class Model:
             hidden = self.hidden(params, tokens, segment_ids=attention_mask, key=key)
             return pick(hidden)[:, 0]
         positions = positions_of(attention_mask)
-        x, rope, layer = self._begin(params, tokens, positions, attention_mask, None)
-        x = self._run(self._remat(layer), params, x, c.n_layers - 1)
+        x, ropes, layer = self._begin(params, tokens, positions, attention_mask, None)
+        last = c.n_layers - 1
+        x, _ = self._run(self._remat(layer), params, x, last)
+        rope, scoring = ropes[kinds.index_of(c, last)], kinds.scoring_of(c)
 
         def attend(q, k, v):
-            return cached_attention(q[:, :, 0], k, v, attention_mask > 0)[:, :, None]
+            query, seen = q[:, :, 0], attention_mask > 0
+            if c.kind(last) == "window" and c.window is not None:
+                seen &= jnp.arange(tokens.shape[1]) > index[..., 0] - c.window
+            return cached_attention(query, k, v, seen, scoring)[:, :, None]
 
-        x = self._apply_block(params, c.n_layers - 1, x, rope, attend, pick=pick)
+        x = self._apply_block(params, last, x, rope, attend, pick=pick)
         return self._norm(params, x)[:, 0]
+
+    def last_hidden_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"],
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b d"], Routing | None]:
+        """Returns `last_hidden`, and how all tokens were routed, in the last layer too."""
+        if not self.config.n_experts:
+            return self.last_hidden(params, tokens, attention_mask, key), None
+        hidden, routing = self.hidden_and_routing(
+            params, tokens, segment_ids=attention_mask, key=key
+        )
+        index = last_index(attention_mask)[:, None, None]
+        return jnp.take_along_axis(hidden, index, axis=1)[:, 0], routing
 
     def logits(
         self,
@@ -199,8 +250,18 @@ class Model:
     ) -> Float[Array, "*b v"]:
         """Returns the float32 logits of hidden states."""
         output, scale = self._output_and_scale(params)
-        logits = logprobs.unembed(hidden, output, self._tied)
-        return logits if scale is None else logits * scale
+        dtype = self.config.product_dtype
+        logits = logprobs.unembed(hidden, output, self._tied, dtype)
+        logits = logits if scale is None else logits * scale
+        return capped(logits, self.config.logit_softcap)
+
+    def sampling_logits(
+        self,
+        params: Params,
+        hidden: Float[Array, "*b d"],
+    ) -> Float[Array, "*b v"]:
+        """Returns `logits` with probability 0 for ids that are not sampled."""
+        return logprobs.below(self.logits(params, hidden), self.sampled_ids)
 
     def scalar(
         self,
@@ -220,10 +281,42 @@ class Model:
     ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
         """Returns log p(target) and the entropy (nats) of p = softmax(logits / temperature).
 
-        See `models.logprobs.logprobs`.
+        The softmax is over the ids that are sampled. See `models.logprobs.logprobs`.
         """
         return logprobs.logprobs(
-            hidden, self._output(params), targets, float(temperature), tied=self._tied
+            hidden,
+            self._output(params),
+            targets,
+            float(temperature),
+            tied=self._tied,
+            softcap=self.config.logit_softcap,
+            dtype=self.config.product_dtype,
+            ids=self.sampled_ids,
+        )
+
+    def vocabulary_kl(
+        self,
+        params: Params,
+        hidden: Float[Array, "b t d"],
+        other_params: Params,
+        other_hidden: Float[Array, "b t d"],
+        temperature: float = 1.0,
+    ) -> Float[Array, "b t"]:
+        """Returns KL(p || q) of two models with this config, nats per position.
+
+        p and q are over the ids that are sampled, at a temperature. See
+        `models.logprobs.vocabulary_kl`.
+
+        Args:
+          hidden, other_hidden: hidden states of p's model and of q's.
+        """
+        c = self.config
+        return logprobs.vocabulary_kl(
+            (hidden, other_hidden),
+            (self._output(params), self._output(other_params)),
+            float(temperature),
+            how=logprobs.Output(c.tie_embeddings, c.logit_softcap, c.product_dtype),
+            ids=self.sampled_ids,
         )
 
     def cross_entropy(
@@ -238,10 +331,20 @@ class Model:
         See `models.logprobs.cross_entropy`.
         """
         return logprobs.cross_entropy(
-            hidden, self._output(params), targets, mask, tied=self._tied
+            hidden,
+            self._output(params),
+            targets,
+            mask,
+            tied=self._tied,
+            softcap=self.config.logit_softcap,
+            dtype=self.config.product_dtype,
         )
 
     # ------------------------------------------------------------------ with a cache
+
+    def for_decoding(self, params: Params, rows: int) -> Params:
+        """Returns the parameters that a decoding loop of so many rows reads; see `decoding`."""
+        return decoding.rounded(self.config, params, rows)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache of `length` entries per row."""
@@ -258,19 +361,22 @@ class Model:
 
         Returns the hidden state of the last token of each prompt, and the cache.
         """
-        positions = positions_of(attention_mask)
+        c, positions = self.config, positions_of(attention_mask)
         x = self._embed(params, tokens, positions, None)
-        rope = rope_of(self.config, positions)
+        ropes = kinds.ropes_of(c, positions)
+        attends = kinds.attends_of(c, causal_attention)
         k, v = list(cache.k), list(cache.v)
-        for i in range(self.config.n_layers):
+        for i in range(c.n_layers):
+            rope, causal = kinds.of_layer(c, i, ropes, attends)
 
-            def attend(q, new_k, new_v, i=i):
+            def attend(q, new_k, new_v, i=i, causal=causal):
                 k[i], v[i] = write(k[i], new_k, 0), write(v[i], new_v, 0)
-                return causal_attention(q, new_k, new_v, attention_mask)
+                return causal(q, new_k, new_v, attention_mask)
 
             x = self._apply_block(params, i, x, rope, attend)
-        valid = jax.lax.dynamic_update_slice(cache.valid, attention_mask > 0, (0, 0))
-        return self._norm(params, x[:, -1:])[:, 0], Cache(tuple(k), tuple(v), valid)
+        cache = cache.mark(attention_mask > 0, 0, 0)
+        cache = cache._replace(k=tuple(k), v=tuple(v))
+        return self._norm(params, x[:, -1:])[:, 0], cache
 
     def decode(
         self,
@@ -279,26 +385,31 @@ class Model:
         position: Int[Array, " b"],
         entry: Int[Array, ""],
         cache: Cache,
+        count: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b d"], Cache]:
         """Runs one token per row; returns its hidden state and the cache.
 
         Args:
           position: of the token in its row's document.
           entry: the cache entry that its keys and values are written to, the same for all rows.
+          count: how many entries were written before; None: `entry`, that is, it never wraps.
         """
         x = self._embed(params, token[:, None], position[:, None], None)
-        rope = rope_of(self.config, position[:, None])
-        written = jnp.ones((token.shape[0], 1), bool)
-        valid = jax.lax.dynamic_update_slice(cache.valid, written, (0, entry))
+        c, count = self.config, entry if count is None else count
+        ropes, scoring = kinds.ropes_of(c, position[:, None]), kinds.scoring_of(c)
+        cache = cache.mark(jnp.ones((token.shape[0], 1), bool), entry, count)
         k, v = list(cache.k), list(cache.v)
-        for i in range(self.config.n_layers):
+        for i in range(c.n_layers):
+            place, valid = cache.place(i, entry, count), cache.valid_of(i)
 
-            def attend(q, new_k, new_v, i=i):
-                k[i], v[i] = write(k[i], new_k, entry), write(v[i], new_v, entry)
-                return cached_attention(q[:, :, 0], k[i], v[i], valid)[:, :, None]
+            def attend(q, new_k, new_v, i=i, place=place, valid=valid):
+                k[i], v[i] = write(k[i], new_k, place), write(v[i], new_v, place)
+                out = cached_attention(q[:, :, 0], k[i], v[i], valid, scoring)
+                return out[:, :, None]
 
+            rope = ropes[kinds.index_of(c, i)]
             x = self._apply_block(params, i, x, rope, attend)
-        return self._norm(params, x)[:, 0], Cache(tuple(k), tuple(v), valid)
+        return self._norm(params, x)[:, 0], cache._replace(k=tuple(k), v=tuple(v))
 
     # ------------------------------------------------------------------ pieces
 
@@ -320,7 +431,7 @@ class Model:
 
     def _output_and_scale(self, params) -> tuple[jax.Array, jax.Array | None]:
         if self._tied:
-            tree, name = params["backbone"]["embed"], "tokens"
+            tree, name = decoding.tied_output(params)
         else:
             tree, name = params["head"], "kernel"
         return tree[name], tree.get(name + SCALE)
@@ -333,7 +444,10 @@ class Model:
         segment_ids: Int[Array, "b t"] | None,
         key: Key[Array, ""] | None,
     ):
-        """Returns the embedded tokens, their RoPE tables, and layer(x, layer_params, index)."""
+        """Returns the embedded tokens, the RoPE tables, and layer(x, layer_params, index).
+
+        The layer returns its output and its Routing, None without experts.
+        """
         c = self.config
         if tokens.shape[1] > c.max_length:
             raise ConfigError(
@@ -341,7 +455,7 @@ class Model:
                 f"{tokens.shape[1]} tokens"
             )
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
-        rope = rope_of(c, positions)
+        ropes = kinds.ropes_of(c, positions)
 
         def layer(x, layer_params, i):
             keys, rngs = (None, None), None
@@ -353,11 +467,22 @@ class Model:
                 causal_attention, rate=float(c.dropout), key=keys[0]
             )
             attend = functools.partial(attend, segment_ids=segment_ids)
-            return blocks.Block(c, self.lora).apply(
-                {"params": layer_params}, x, rope, attend, keys[1], rngs=rngs
+            rope, attend = kinds.of_layer(c, i, ropes, kinds.attends_of(c, attend))
+            x, sown = blocks.Block(c, self.lora).apply(
+                {"params": layer_params},
+                x,
+                rope,
+                attend,
+                keys[1],
+                rngs=rngs,
+                mutable=[ROUTING],
             )
+            if not c.n_experts:
+                return x, None
+            real = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            return x, routing_of(sown[ROUTING]["mlp"], real)
 
-        return self._embed(params, tokens, positions, embed_key), rope, layer
+        return self._embed(params, tokens, positions, embed_key), ropes, layer
 
     def _embed(
         self,
@@ -400,7 +525,13 @@ class Model:
     def _remat(self, layer):
         if self.config.remat == "none":
             return layer
-        return jax.checkpoint(layer, policy=REMAT[self.config.remat])
+        # The index selects the kind of attention, so it must be static.
+        static = len(self.config.kinds) > 1 and not self.config.scan_layers
+        return jax.checkpoint(
+            layer,
+            policy=REMAT[self.config.remat],
+            static_argnums=(2,) if static else (),
+        )
 
     def _run(
         self,
@@ -408,17 +539,21 @@ class Model:
         params: Params,
         x: Float[Array, "b t d"],
         n: int,
-    ) -> Float[Array, "b t d"]:
-        """Returns x after layer(x, layer_params, index) of the first n layers.
+    ) -> tuple[Float[Array, "b t d"], Routing | None]:
+        """Returns x after layer(x, layer_params, index) of the first n layers, and their routing.
 
         Scanned layers share one compiled body, and n is then all of them.
         """
         if self.config.scan_layers:
             layers = params["backbone"]["layers"], jnp.arange(n)
-            return jax.lax.scan(lambda x, p: (layer(x, *p), None), x, layers)[0]
+            return jax.lax.scan(lambda x, p: layer(x, *p), x, layers)
+        routings = []
         for i in range(n):
-            x = layer(x, self._layer(params, i), i)
-        return x
+            x, routing = layer(x, self._layer(params, i), i)
+            routings.append(routing)
+        if not (self.config.n_experts and n):
+            return x, None
+        return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *routings)
 
 
 @functools.cache

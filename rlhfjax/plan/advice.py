@@ -1,5 +1,6 @@
 """Says which changes of a config would make a stage fit, with estimates of each."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def changes(subject: Subject, axes: Axes, fits: Fits) -> Iterator[Change]:
     """Yields possible changes of a config; sizes are doubled or halved until they fit."""
     model, config = subject.model, subject.config
     fields = {}
-    if model.dtype == "float32":
+    if model.activation_dtype == "float32":
         fields["dtype"] = "bfloat16"
         description = "compute in bfloat16: dtype=bfloat16 of the model"
         yield Change(description, subject.with_models(dtype="bfloat16"), axes)
@@ -100,7 +101,7 @@ def _more_devices(subject: Subject, axes: Axes, fits: Fits) -> Change:
         axes = {**axes, axis: 2 * axes[axis]}
         if fits(subject, axes):
             break
-    devices = batch_shards(axes) * axes["tensor"] * axes["sequence"]
+    devices = math.prod(axes.values())
     flags = f"--config.mesh.fsdp={axes['fsdp']} --config.mesh.tensor={axes['tensor']}"
     description = (
         f"{devices} devices, the batch and its microbatches as they are: {flags}"

@@ -1,4 +1,7 @@
-"""Chips as data, and rooflines: the least time that a step takes, and its share of the peak."""
+"""Chips as data, and rooflines: the least time that a step takes, and its share of the peak.
+
+TPUs are named as Google names them. GPUs come in nodes of eight that NVLink joins.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,6 +9,7 @@ from typing import NamedTuple
 from rlhfjax.models.size import Number
 
 GIB = 2.0**30
+DAY = 86_400  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +21,16 @@ class Chip:
     flops: float  # bf16 FLOP/s, dense
     hbm_bandwidth: float  # bytes/s
     ici: float  # bytes/s that leave the chip over all of its links, one direction
-    dcn: float  # bytes/s that leave the chip for another slice
+    dcn: float  # bytes/s that leave the chip for another slice or node
     source: str
     devices: int = 1
+    node: int = (
+        0  # GPUs that `ici`, their NVLink, joins; 0: a TPU, whose slice it joins
+    )
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.node > 0
 
 
 # Capacity, peak, HBM and bidirectional ICI bandwidth: "system architecture" on each page.
@@ -29,7 +40,7 @@ class Chip:
 # secondary sources have 400 Gb/s per link and direction); v4's DCN, taken as v5e's; the DCN of
 # v6e; HBM bandwidth, ICI and DCN of TPU7x.
 DOCS = "https://cloud.google.com/tpu/docs"
-CHIPS = {
+TPUS = {
     name: Chip(name, hbm * GIB, flops, bandwidth, ici, dcn, f"{DOCS}/{name}", devices)
     for name, hbm, flops, bandwidth, ici, dcn, devices in (
         ("v4", 32, 275e12, 1200e9, 300e9, 3.125e9, 1),
@@ -39,6 +50,55 @@ CHIPS = {
         ("tpu7x", 192, 2307e12, 7380e9, 600e9, 12.5e9, 2),
     )
 }
+
+# NVIDIA's datasheets of the SXM modules: tensor-core FLOP/s of bfloat16 without sparsity (those of
+# H100, H200 and B200 print twice as much, with it; V100 has no bfloat16, its number is that of
+# float16), memory and its bandwidth. `ici` is half of the bidirectional NVLink number. `dcn` is one
+# GPU's share of its node's network: DGX-1 has 4 x 100 Gb/s for 8 GPUs, DGX A100 8 x 200, DGX H100,
+# H200 and B200 8 x 400. A sheet's GB of memory are GiB, of which the driver keeps about 1 %. B200
+# has the 180 GB of DGX B200; earlier sheets say 192.
+SHEET = "NVIDIA {} Tensor Core GPU datasheet; NVIDIA {} datasheet"
+GPUS = {
+    name: Chip(name, hbm * GIB, flops, bandwidth, ici, dcn, SHEET.format(*sheet), 1, 8)
+    for name, hbm, flops, bandwidth, ici, dcn, sheet in (
+        ("v100-16gb", 16, 125e12, 900e9, 150e9, 6.25e9, ("V100", "DGX-1")),
+        ("v100-32gb", 32, 125e12, 900e9, 150e9, 6.25e9, ("V100", "DGX-1")),
+        ("a100-40gb", 40, 312e12, 1555e9, 300e9, 25e9, ("A100", "DGX A100")),
+        ("a100-80gb", 80, 312e12, 2039e9, 300e9, 25e9, ("A100", "DGX A100")),
+        ("h100", 80, 989.5e12, 3350e9, 450e9, 50e9, ("H100", "DGX H100")),
+        ("h200", 141, 989.5e12, 4800e9, 450e9, 50e9, ("H200", "DGX H200")),
+        ("b200", 180, 2250e12, 8000e9, 900e9, 50e9, ("HGX B200", "DGX B200")),
+    )
+}
+CHIPS = TPUS | GPUS
+
+# What JAX calls them. PCIe and NVL cards have other peaks and are not listed.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "V100-SXM2-16GB": "v100-16gb",
+    "V100-SXM2-32GB": "v100-32gb",
+    "A100-SXM4-40GB": "a100-40gb",
+    "A100-SXM4-80GB": "a100-80gb",
+    "H100 80GB HBM3": "h100",
+    "H200": "h200",
+    "B200": "b200",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the chip of a `jax.Device.device_kind`, "NVIDIA H200"; None if it is not listed.
+
+    The numbers are those of a chip, which on TPU7x is two devices (`Chip.devices`).
+    """
+    name = device_kind.removeprefix("NVIDIA ").removeprefix("Tesla ")
+    return CHIPS.get(_DEVICE_KINDS.get(name, ""))
 
 
 class Work(NamedTuple):
@@ -95,6 +155,11 @@ def training_flops(parameters: Number, tokens: Number) -> Number:
     Source: Kaplan et al. 2020, table 1.
     """
     return 6 * parameters * tokens
+
+
+def petaflops_days(flops: Number) -> Number:
+    """Returns FLOPs in days of 10^15 FLOP/s, the unit of Brown et al. 2020, appendix D."""
+    return flops / (1e15 * DAY)
 
 
 def mfu(model_flops: Number, seconds: Number, chips: Number, chip: Chip) -> Number:

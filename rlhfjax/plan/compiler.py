@@ -2,7 +2,7 @@
 
 libtpu optimizes a program, schedules it and assigns its buffers in seconds. Then it spends minutes
 on machine code, which a plan does not need. By then the files of `xla_dump_to` have every buffer
-and the scheduled program. So each program is compiled in a process of its own, which is killed
+and the scheduled program. So each program is compiled in a separate process, which is killed
 once these files are complete.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 from rlhfjax import paths
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError
-from rlhfjax.models.size import Number, parameters
+from rlhfjax.models.size import Number, active_parameters, parameters
 from rlhfjax.paths import Path
 from rlhfjax.plan import chips, compiler
 from rlhfjax.plan.advice import advise
@@ -18,6 +18,7 @@ from rlhfjax.plan.compiled import (
     sharded_bytes,
 )
 from rlhfjax.plan.compiler import CompilerOutput, Request
+from rlhfjax.plan.price import cost
 from rlhfjax.plan.programs import (
     PlannedProgram,
     StepPrograms,
@@ -39,6 +40,7 @@ class Plan:
     programs: list[CompiledProgram]
     completions: int = 2
     left_out: Sequence[str] = ()  # names of programs that --programs excludes
+    price: float | None = None  # of a chip-hour
 
     @property
     def fits(self) -> bool | None:
@@ -49,6 +51,11 @@ class Plan:
     @property
     def model_parameters(self) -> int:
         return parameters(self.subject.model)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token is computed with; fewer than all in a mixture of experts."""
+        return active_parameters(self.subject.model)
 
     @property
     def step_seconds(self) -> float | None:
@@ -62,25 +69,25 @@ class Plan:
     def totals(self) -> dict[str, float]:
         """Time and cost of a step and of the run; empty if the time of a step is unknown.
 
-        mfu is a share, hours and chip_hours are those of all steps.
+        mfu is a share; hours, days, chip_hours and money (with a price) are those of all steps.
         """
         seconds, chip = self.step_seconds, self.target.chip
         if seconds is None or chip is None:
             return {}
         flops = sum(program.model_flops for program in self.programs)
-        hours = seconds * self.step.steps / 3600
+        whole = cost(seconds * self.step.steps, self.target.chips, self.price)
         return {
             "step_seconds": seconds,
             "mfu": chips.mfu(flops, seconds, self.target.chips, chip),
             "tokens_per_second": self.step.tokens / seconds,
-            "hours": hours,
-            "chip_hours": hours * self.target.chips,
+            "hours": 24 * whole.days,
+            **whole.as_dict(),
         }
 
     @property
     def six_n_d(self) -> Number:
-        """6 N D of a step, in FLOPs."""
-        return chips.training_flops(self.model_parameters, self.step.tokens)
+        """6 N D of a step, in FLOPs, with N the active parameters."""
+        return chips.training_flops(self.active_parameters, self.step.tokens)
 
     @property
     def advice(self) -> list[str]:
@@ -102,6 +109,7 @@ class Plan:
             "chips": self.target.chips,
             "mesh": self.mesh,
             "parameters": self.model_parameters,
+            "active_parameters": self.active_parameters,
             "fits": self.fits,
             "advice": self.advice,
             "steps": self.step.steps,

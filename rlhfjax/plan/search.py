@@ -1,93 +1,32 @@
 """Searches for the smallest slice that a stage fits on, and for the one with the best throughput.
 
-As little as possible is compiled. The estimate (`estimate.py`) says where to begin. That slice is
-compiled, then smaller ones until one does not fit. Larger ones are compiled only while the
-estimate, corrected by what was compiled, promises more tokens per chip-second.
+As little as possible is compiled. The estimate (`estimate.py`) ranks the ways to run the stage on
+every slice: remat, microbatches, mesh. It says where to begin: the best way on the smallest slice
+that should fit is compiled, then smaller slices until one does not fit. Other ways and larger
+slices are compiled only while the estimate, corrected by what was compiled, promises more tokens
+per chip-second, or per money. GPUs have the estimate alone.
 """
 
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import DEFAULT_RULES, MeshConfig, axis_sizes
-from rlhfjax.plan import predict
-from rlhfjax.plan.chips import CHIPS
-from rlhfjax.plan.estimate import Estimate, estimate
+from rlhfjax.mesh import axis_sizes
+from rlhfjax.plan import predict, variants
+from rlhfjax.plan.candidates import Candidate, candidates
 from rlhfjax.plan.predict import Plan
+from rlhfjax.plan.price import NO_PRICES, Prices
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import target
-from rlhfjax.strategy import FULL, fill
+from rlhfjax.plan.variants import VARY
 
-# Cloud TPU's names of slices; v4, v5p and TPU7x come in hosts of four chips.
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = (
-    "2x2x1",
-    "2x2x2",
-    "2x2x4",
-    "2x4x4",
-    "4x4x4",
-    "4x4x8",
-    "4x8x8",
-    "8x8x8",
-    "8x8x16",
+ATTEMPTS = (
+    3  # ways to run the stage on one slice that are compiled before it is given up
 )
-SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
-
-
-@dataclasses.dataclass
-class Candidate:
-    """A slice, the mesh of the stage on it, the estimate, and the plan once it is compiled."""
-
-    topology: str
-    chips: int
-    mesh: MeshConfig
-    expected: Estimate
-    capacity: float  # bytes per device
-    plan: Plan | None = None
-
-    @property
-    def chip(self) -> str:
-        return self.topology.partition(":")[0]
-
-    @property
-    def expected_to_fit(self) -> bool:
-        return self.expected.bytes <= FULL * self.capacity
-
-    @property
-    def fits(self) -> bool:
-        """Whether the slice was compiled and fits."""
-        return self.plan is not None and self.plan.fits is True
-
-    @property
-    def expected_rate(self) -> float:
-        """Tokens per chip-second."""
-        return self.expected.tokens / (self.expected.seconds * self.chips)
-
-    @property
-    def rate(self) -> float:
-        """Tokens per chip-second of the plan; the estimate if its roofline is unknown."""
-        if self.plan is None or not self.plan.step_seconds:
-            return self.expected_rate
-        return self.plan.step.tokens / self.plan.step_seconds / self.chips
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
-        values = {
-            "topology": self.topology,
-            "chips": self.chips,
-            "mesh": axis_sizes(self.mesh),
-            "rules": dict(self.mesh.rules),
-            "expected_bytes": self.expected.bytes,
-            "capacity": self.capacity,
-            "expected_tokens_per_chip_second": self.expected_rate,
-        }
-        if self.plan is not None:
-            values["fits"] = self.fits
-            values["tokens_per_chip_second"] = self.rate if self.fits else None
-        return values
+FASTER = 1 + 1e-6  # a promise is worth a compilation from this factor on
 
 
 @dataclasses.dataclass
@@ -101,8 +40,22 @@ class Search:
 
     @property
     def plans(self) -> dict[str, Plan]:
-        """The plans of the compiled slices, by topology."""
-        return {c.topology: c.plan for c in self.candidates if c.plan is not None}
+        """The last plan of each compiled slice that fits, or does not, by topology."""
+        compiled = [c for c in self.candidates if c.plan is not None]
+        compiled.sort(key=lambda c: c.fits)
+        return {c.topology: c.plan for c in compiled if c.plan is not None}
+
+    @property
+    def compilations(self) -> int:
+        return sum(c.plan is not None for c in self.candidates)
+
+    @property
+    def slices(self) -> dict[str, list[Candidate]]:
+        """The candidates of each slice, by topology."""
+        found: dict[str, list[Candidate]] = {}
+        for c in self.candidates:
+            found.setdefault(c.topology, []).append(c)
+        return found
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -110,13 +63,23 @@ class Search:
 
     @property
     def fewest(self) -> Candidate | None:
-        """The slice with the fewest chips that fits, the fastest of several."""
-        return min(self.fitting, key=lambda c: (c.chips, -c.rate), default=None)
+        """The slice with the fewest chips that fits, the best of several."""
+        return min(self.fitting, key=lambda c: (c.chips, -self.value(c)), default=None)
 
     @property
     def best(self) -> Candidate | None:
-        """The slice with the most tokens per chip-second, of those that fit."""
-        return max(self.fitting, key=lambda c: c.rate, default=None)
+        """The one with the most tokens per chip-second, or per money, of those that fit."""
+        return max(self.fitting, key=self.value, default=None)
+
+    def value(self, c: Candidate) -> float:
+        """Returns what the search maximizes, of an estimate times `correction`."""
+        return c.value(self.rate(c))
+
+    def rate(self, c: Candidate) -> float:
+        """Returns tokens per chip-second; those of an estimate are corrected."""
+        if c.plan is not None or c.by_hand:
+            return c.rate
+        return c.expected_rate * correction(self.candidates, c.chip).rate
 
     def as_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -124,12 +87,21 @@ class Search:
             "smallest": self.fewest and self.fewest.topology,
             "smallest_by_chip": self.smallest,
             "best": self.best and self.best.topology,
-            "compiled": len(self.plans),
+            "compiled": self.compilations,
             "considered": len(self.candidates),
             "limit_reached": self.exhausted,
-            "candidates": [c.as_dict() for c in self.candidates],
+            "candidates": [c.as_dict() for c in shown(self)],
             "plans": {name: plan.as_dict() for name, plan in self.plans.items()},
         }
+
+
+def shown(result: Search) -> list[Candidate]:
+    """Returns what was compiled, and of the other slices the first candidate."""
+    found = []
+    for group in result.slices.values():
+        compiled = [c for c in group if c.plan is not None]
+        found += compiled or group[:1]
+    return found
 
 
 def search(
@@ -138,18 +110,23 @@ def search(
     compile_slice: Callable[[Candidate], Plan],
     most: int = 8,
     completions: int = 2,
+    *,
+    vary: Sequence[str] = VARY,
+    prices: Prices = NO_PRICES,
 ) -> Search:
     """Searches the slices of some chips.
 
     Args:
       compile_slice: returns the plan of a candidate; this takes the time.
       most: how often `compile_slice` may be called.
+      vary: what a candidate may change, of `variants.VARY`.
     Raises:
       ConfigError: no slice of these chips has a mesh that divides the batch and the models.
     """
-    result = Search(
-        [c for chip in chips for c in candidates(subject, chip, completions)]
-    )
+    result = Search([])
+    for chip in chips:
+        price = prices.of(chip)
+        result.candidates += candidates(subject, chip, completions, vary, price)
     if not result.candidates:
         raise ConfigError(
             f"--topology=search: no slice of {', '.join(chips)} divides batch and model of "
@@ -157,84 +134,106 @@ def search(
             f"batch_size {subject.config.batch_size}"
         )
 
-    def fits(c: Candidate) -> bool:
-        if c.plan is None:
-            if len(result.plans) >= most:
+    def compiled(c: Candidate) -> bool:
+        if c.plan is None and not c.by_hand:
+            if result.compilations >= most:
                 raise _LimitReached
             c.plan = compile_slice(c)
         return c.fits
+
+    def fits(first: Candidate) -> bool:
+        group = result.slices[first.topology]
+        for _ in range(ATTEMPTS):
+            attempt = next_attempt(group)
+            if attempt is None:
+                return False
+            if compiled(attempt):
+                return True
+        return False
 
     def first_size(chip: str) -> float:
         slices = (c for c in result.candidates if c.chip == chip and c.expected_to_fit)
         return float(min((c.chips for c in slices), default=math.inf))
 
+    leaders = [group[0] for group in result.slices.values()]
     try:
         for chip in sorted(chips, key=first_size):
-            slices = [c for c in result.candidates if c.chip == chip]
+            slices = [c for c in leaders if c.chip == chip]
             if (found := smallest(slices, fits)) is not None:
                 result.smallest[chip] = found.topology
-        while (larger := promising(result)) is not None:
-            fits(larger)
+        while (better := promising(result)) is not None:
+            compiled(better)
     except _LimitReached:
         result.exhausted = True
     return result
 
 
-def search_tpus(
-    subject: Subject, chips: Sequence[str], most: int = 8, completions: int = 2
+def search_chips(
+    subject: Subject,
+    chips: Sequence[str],
+    most: int = 8,
+    completions: int = 2,
+    *,
+    vary: Sequence[str] = VARY,
+    prices: Prices = NO_PRICES,
 ) -> Search:
     """Runs `search` with the TPU compiler; stops at the first program of a slice that does not
     fit."""
 
     def compile_slice(c: Candidate) -> Plan:
-        print(f"compiling {subject.name} for {c.topology}", file=sys.stderr, flush=True)
-        on_slice = subject.with_config(mesh=c.mesh)
+        ways = ", ".join(f"{k}={v}" for k, v in settings_of(subject, c).items())
+        where = f"{c.topology}{ways and f' with {ways}'}"
+        print(f"compiling {subject.name} for {where}", file=sys.stderr, flush=True)
+        on_slice = variants.apply(subject, c.settings).with_config(mesh=c.mesh)
         return predict.make_plan(on_slice, target(c.topology), completions, stop=True)
 
-    return search(subject, chips, compile_slice, most, completions)
+    return search(
+        subject, chips, compile_slice, most, completions, vary=vary, prices=prices
+    )
+
+
+def settings_of(subject: Subject, c: Candidate) -> dict[str, Any]:
+    """Returns the options of the stage's config that a candidate sets."""
+    return variants.options(subject, c.mesh, c.settings)
 
 
 class _LimitReached(Exception):
     """No compilation is left."""
 
 
-def candidates(
-    subject: Subject, chip: str, completions: int = 2
-) -> Iterator[Candidate]:
-    """Yields a chip's slices whose devices the stage can use, the smallest first."""
-    if chip not in CHIPS:
-        raise ConfigError(f"--chips={chip}: chips are {', '.join(CHIPS)}")
-    spec = CHIPS[chip]
-    for shape in SLICES[chip]:
-        n = math.prod(map(int, shape.split("x")))
-        mesh = mesh_for(subject, n * spec.devices)
-        if mesh is None:
-            continue
-        yield Candidate(
-            topology=f"{chip}:{shape}",
-            chips=n,
-            mesh=mesh,
-            expected=estimate(subject, axis_sizes(mesh), spec, completions),
-            capacity=spec.hbm / spec.devices,
-        )
+def next_attempt(group: Sequence[Candidate]) -> Candidate | None:
+    """Returns the candidate of a slice to compile next; None if no further one should fit.
 
-
-def mesh_for(subject: Subject, devices: int) -> MeshConfig | None:
-    """Returns the mesh of a stage on this many devices; None if it does not divide the stage.
-
-    The mesh is that of the config if it gives one, else FSDP. If a microbatch has fewer rows than
-    there are devices, FSDP is over as many as divide it and `tensor` over the rest; a vocabulary
-    that `tensor` does not divide stays whole.
+    Args:
+      group: the candidates of the slice, the best first.
     """
-    given = subject.config.mesh
-    if dataclasses.replace(given, rules={}) != MeshConfig():
-        sizes = fill(axis_sizes(given), devices)
-    else:
-        fsdp = math.gcd(subject.workload().batch, devices)
-        sizes = {"data": 1, "fsdp": fsdp, "tensor": devices // fsdp}
-    if sizes is None:
-        return None
-    return _if_divides(subject, dataclasses.replace(given, **sizes))
+    compiled = [c for c in group if c.plan is not None]
+    if not compiled:
+        return group[0]
+    if fitting := [c for c in compiled if c.fits]:
+        return fitting[0]
+    ratio = correction(compiled, group[0].chip).bytes
+    left = [
+        c
+        for c in group
+        if c.plan is None and c.expected.bytes * ratio <= c.capacity and not c.by_hand
+    ]
+    return max(left, key=lambda c: c.expected_rate, default=None)
+
+
+class Correction(NamedTuple):
+    """Ratios of compiled to estimated numbers for one chip; 1 if nothing was compiled."""
+
+    rate: float  # the least ratio of compiled to estimated tokens per second, of what fits
+    bytes: float  # the largest ratio of compiled to estimated bytes
+
+
+def correction(candidates: Sequence[Candidate], chip: str) -> Correction:
+    """Returns the factors by which a chip's estimates have been off so far."""
+    compiled = [c for c in candidates if c.plan is not None and c.chip == chip]
+    rates = [c.rate / c.expected_rate for c in compiled if c.fits]
+    sizes = [c.needed / c.expected.bytes for c in compiled if c.needed is not None]
+    return Correction(rate=min(rates, default=1.0), bytes=max(sizes, default=1.0))
 
 
 def smallest(
@@ -256,35 +255,22 @@ def smallest(
 
 
 def promising(result: Search) -> Candidate | None:
-    """Returns the larger slice that may have the best rate and is not compiled yet, if any.
+    """Returns what may be better than the best and is not compiled yet, if anything.
 
-    Its estimated rate is multiplied by the least ratio of compiled to estimated rate of the same
-    chip's compiled slices.
+    It is on no smaller slice of a chip than the smallest that fits, and it should fit there. Its
+    estimates are corrected by what was compiled, see `Search`.
     """
     if result.best is None:
         return None
-    rate, top = result.best.rate, None
-    for c in result.candidates:
-        compiled = [k for k in result.fitting if k.chip == c.chip]
-        if c.plan is not None or not compiled:
-            continue
-        if c.chips > min(k.chips for k in compiled):
-            ratio = min(k.rate / k.expected_rate for k in compiled)
-            if c.expected_rate * ratio > rate:
-                rate, top = c.expected_rate * ratio, c
-    return top
-
-
-def _if_divides(subject: Subject, mesh: MeshConfig) -> MeshConfig | None:
-    """Returns the mesh, the vocabulary whole where needed; None if it does not divide the stage."""
-    if subject.workload().batch % (mesh.replica * mesh.data * mesh.fsdp):
-        return None
-    model_configs = [net.config for net in subject.nets]
-    for c in model_configs:
-        widths = (c.n_heads, c.kv_heads, c.d_ff)
-        if c.d_model % mesh.fsdp or any(n % mesh.tensor for n in widths):
-            return None
-    splits_vocab = "tensor" in mesh.rules.get("vocab", DEFAULT_RULES["vocab"])
-    if splits_vocab and any(c.vocab_size % mesh.tensor for c in model_configs):
-        return dataclasses.replace(mesh, rules={**mesh.rules, "vocab": ()})
-    return mesh
+    top, found = FASTER * result.value(result.best), None
+    for chip in result.smallest:
+        off = correction(result.candidates, chip)
+        of_chip = [c for c in result.candidates if c.chip == chip]
+        fewest = min(c.chips for c in of_chip if c.fits)
+        for c in of_chip:
+            if c.plan is not None or c.by_hand or c.chips < fewest:
+                continue
+            value = c.value(c.expected_rate * off.rate)
+            if value > top and c.expected.bytes * off.bytes <= c.capacity:
+                top, found = value, c
+    return found

@@ -1,12 +1,13 @@
 """A stage to plan: its config, and its models as shapes. No model file is read."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from rlhfjax import paths, recipe, stages
+from rlhfjax import paths, precision, recipe, stages
 from rlhfjax import state as states
 from rlhfjax.config import build, parse_arg, to_dict
 from rlhfjax.data.tokenizer import Tokenizer
@@ -144,13 +145,36 @@ class Subject(NamedTuple):
         return changed
 
 
-def parse_model(text: str) -> TransformerConfig:
-    """Parses a preset with changed fields, `gpt3-1.3b:dtype=bfloat16,scan_layers=true`."""
+class Prepared(Subject):
+    """A stage whose models and workload are computed once, for many estimates."""
+
+    @functools.cached_property
+    def nets(self) -> list[Net]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return super().nets
+
+    @functools.cached_property
+    def _workloads(self) -> dict[int, Workload]:
+        return {}
+
+    def workload(self, completions: int = 2) -> Workload:
+        if completions not in self._workloads:
+            self._workloads[completions] = super().workload(completions)
+        return self._workloads[completions]
+
+
+def parse_model(text: str, dtype: str = "") -> TransformerConfig:
+    """Parses a preset with changed fields, `gpt3-1.3b:dtype=bfloat16,scan_layers=true`.
+
+    Args:
+      dtype: what "auto" stands for; default: the fastest one of this machine.
+    """
     name, _, changes = text.partition(":")
     fields = dataclasses.asdict(preset(name))
-    defaults = {k: v for k, v in fields.items() if v is not None}
+    scalars = bool | int | float | str
+    defaults = {k: v for k, v in fields.items() if isinstance(v, scalars)}
     changed = fields | dict(parse_arg(changes, **defaults))
-    return build(TransformerConfig, changed, "model")
+    values = precision.resolved({"model": changed}, dtype=dtype)
+    return build(TransformerConfig, values["model"], "model")
 
 
 def subject(
@@ -159,6 +183,7 @@ def subject(
     workdir: Path | None = None,
     model: str = "",
     reward_model: str = "",
+    dtype: str = "",
 ) -> Subject:
     """Returns the stage that is planned.
 
@@ -168,11 +193,12 @@ def subject(
       model: the preset, as `parse_model` reads it, of models that neither the config, nor an
         earlier stage, nor the disk describes.
       reward_model: the same for rewards.
+      dtype: what "auto" stands for; default: the fastest one of this machine.
     Raises:
       ConfigError: the stage does not exist or does not train, or the model_config of a model is
         unknown.
     """
-    values = to_dict(config)
+    values = precision.resolved(to_dict(config), dtype=dtype)
     if "stages" not in values:
         kind = values.get("stage", "")
         values = {"stages": [kind], kind: values}
@@ -194,6 +220,7 @@ def subject(
         flag, given = "--model", model
         if role.scores:
             flag, given = "--reward_model", reward_model
+        preset_model = parse_model(given, dtype) if given else None
         singles = origins.single({declared: role})
         roles |= singles
         for role_name, single in singles.items():
@@ -201,18 +228,24 @@ def subject(
             if isinstance(source, str) and source not in models:
                 context = f"{name}: {role_name}={source}"
                 models[source] = _model(
-                    origins, source, single.head, context, flag, given
+                    origins, source, single.head, context, flag, preset_model
                 )
     return Subject(name, configs[name], Shapes(models, origins), roles)
 
 
 def _model(
-    origins: Origins, source: str, head: str, context: str, flag: str, given: str
+    origins: Origins,
+    source: str,
+    head: str,
+    context: str,
+    flag: str,
+    given: TransformerConfig | None,
 ) -> Model:
     """Returns the model of a source.
 
     Args:
-      flag: the option that gives the preset of a model that does not exist, and `given` its value.
+      flag: the option that gives the preset of a model that does not exist, and `given` that
+        model_config.
     Raises:
       ConfigError: the model does not exist, and no preset was given for it.
     """
@@ -221,8 +254,8 @@ def _model(
     except Unknown:
         raise
     except CheckpointError:
-        if given:
-            return Model(parse_model(given), head)
+        if given is not None:
+            return Model(given, head)
         raise ConfigError(
             f"{context}: no model there; give its shape with {flag}=PRESET, such as "
             f"{flag}=gpt3-1.3b or {flag}=gpt3-1.3b:dtype=bfloat16,scan_layers=true"

@@ -6,24 +6,26 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from rlhfjax.footprint import number_bytes
-from rlhfjax.mesh import MeshConfig, axis_sizes
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.models.size import Number, activations, kv_cache_bytes, parameters
+from rlhfjax.models.size import (
+    Number,
+    activations,
+    active_parameters,
+    kv_cache_bytes,
+    number_bytes,
+    parameters,
+)
 from rlhfjax.plan import memory
 from rlhfjax.plan.memory import GB, GIB
 from rlhfjax.plan.predict import Plan
-from rlhfjax.plan.search import Search
 
 FITS = {True: "yes", False: "[red]no[/red]", None: "?"}
 
 
 def plan_tables(plan: Plan) -> RenderableType:
     """Returns all tables of a plan, the verdict last."""
-    model = plan.subject.model
     return Group(
-        by_precision(model),
-        by_hand(model, plan.step.batch, plan.step.time),
+        *arithmetic_of(plan.subject.model, plan.step.batch, plan.step.time),
         hbm(plan),
         buffers(plan),
         work(plan),
@@ -31,12 +33,17 @@ def plan_tables(plan: Plan) -> RenderableType:
     )
 
 
+def arithmetic_of(c: TransformerConfig, batch: int, time: int) -> list[Table]:
+    """Returns the arithmetic of a model by hand, for a batch on a single device."""
+    return [by_precision(c), by_hand(c, batch, time)]
+
+
 def arithmetic(c: TransformerConfig) -> RenderableType:
     """Returns the arithmetic alone, for one sequence of max_length, and the textbook's numbers."""
-    return Group(by_precision(c), by_hand(c, 1, c.max_length), textbook(c))
+    return Group(*arithmetic_of(c, 1, c.max_length), textbook(c))
 
 
-def _gib(n: Number) -> str:
+def gib(n: Number) -> str:
     return f"{n / GIB:.2f}"
 
 
@@ -44,7 +51,7 @@ def _gb(n: Number) -> str:
     return f"{n / GB:,.4g}" if n < 1e11 else f"{n / GB:,.0f}"
 
 
-def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+def new_table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
     """Returns an empty table; the columns in `left` are text, the others numbers."""
     table = Table(title=escape(title), title_justify="left")
     for name in columns:
@@ -54,9 +61,10 @@ def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
 
 def by_precision(c: TransformerConfig) -> Table:
     """Returns the bytes of weights alone, and of weights, gradients and optimizer state."""
-    title = f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)"
+    active = f", {active_parameters(c):,} active" if c.n_experts else ""
+    title = f"By hand: {parameters(c):,} parameters{active}, GB (10^9 bytes)"
     optimizers = [f"train: {optimizer}" for optimizer in memory.OPTIMIZERS]
-    table = _table(title, ["all at", "weights", *optimizers], left=["all at"])
+    table = new_table(title, ["all at", "weights", *optimizers], left=["all at"])
     for precision, sizes in memory.by_precision(c).items():
         table.add_row(precision, *map(_gb, sizes.values()))
     return table
@@ -65,7 +73,7 @@ def by_precision(c: TransformerConfig) -> Table:
 def by_hand(c: TransformerConfig, batch: int, time: int) -> Table:
     """Returns the bytes that grow with the batch, on a single device."""
     size = number_bytes(c)
-    table = _table(
+    table = new_table(
         f"By hand: batch {batch} x {time} tokens, compute in {c.dtype}",
         ["what", "arithmetic", "GB"],
         left=["what", "arithmetic"],
@@ -100,7 +108,7 @@ def textbook(c: TransformerConfig) -> Table:
     """Returns the textbook's numbers beside what is needed."""
     columns = ("what", "textbook", "arithmetic", "needed, GB", "because")
     title = "The textbook example of Llama-2-7B (7e9 parameters)"
-    table = _table(title, columns, left=columns)
+    table = new_table(title, columns, left=columns)
     for line in memory.textbook(c):
         printed = f"{line.textbook:.2f} {line.unit}"
         table.add_row(line.what, printed, line.how, _gb(line.needed), line.why)
@@ -110,7 +118,7 @@ def textbook(c: TransformerConfig) -> Table:
 def hbm(plan: Plan) -> Table:
     """Returns the memory of every program."""
     axes = ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1)
-    table = _table(
+    table = new_table(
         f"Memory per device, GiB: {plan.target.name} ({axes or 'one device'}), "
         f"by {plan.target.compiler}",
         [
@@ -128,8 +136,8 @@ def hbm(plan: Plan) -> Table:
     for p in plan.programs:
         m = p.memory
         sizes = (m.arguments, m.temporaries, m.outputs, m.peak, p.held_by_others)
-        capacity = "unknown" if p.capacity is None else _gib(p.capacity)
-        table.add_row(p.name, *map(_gib, sizes), capacity, FITS[p.fits])
+        capacity = "unknown" if p.capacity is None else gib(p.capacity)
+        table.add_row(p.name, *map(gib, sizes), capacity, FITS[p.fits])
     return table
 
 
@@ -137,7 +145,7 @@ def buffers(plan: Plan) -> Table:
     """Returns the largest buffers of the program with the highest peak."""
     worst = max(plan.programs, key=lambda p: p.memory.peak)
     title = f"Largest buffers of {worst.name}, GiB per device"
-    table = _table(title, ["what", "GiB"], left=["what"])
+    table = new_table(title, ["what", "GiB"], left=["what"])
     table.columns[0].overflow = "fold"
     for what, size in worst.buffers[:6]:
         table.add_row(escape(what), f"{size / GIB:.3f}")
@@ -146,7 +154,7 @@ def buffers(plan: Plan) -> Table:
 
 def work(plan: Plan) -> Table:
     """Returns the FLOPs, the traffic and the roofline of every program."""
-    table = _table(
+    table = new_table(
         "Work per device and step, and its roofline",
         [
             "program",
@@ -184,71 +192,6 @@ def work(plan: Plan) -> Table:
     return table
 
 
-def search_tables(result: Search) -> RenderableType:
-    """Returns all slices of a search, estimated and compiled, and its answers."""
-    table = _table(
-        "Slices: GiB per device and tokens per chip-second, estimated (est.) and compiled",
-        [
-            "slice",
-            "mesh",
-            "GiB, est.",
-            "compiled",
-            "of",
-            "fits",
-            "tokens, est.",
-            "compiled",
-        ],
-        left=["slice", "mesh"],
-    )
-    table.columns[0].no_wrap = True
-    for c in result.candidates:
-        needed = fits = rate = "-"
-        if c.plan is not None:
-            needed = _gib(max(p.needed for p in c.plan.programs))
-            fits = FITS[c.plan.fits]
-        if c.fits:
-            rate = f"{c.rate:,.0f}"
-        table.add_row(
-            c.topology,
-            describe_mesh(c.mesh),
-            _gib(c.expected.bytes),
-            needed,
-            _gib(c.capacity),
-            fits,
-            f"{c.expected_rate:,.0f}",
-            rate,
-        )
-    return Group(table, answers(result))
-
-
-def answers(result: Search) -> str:
-    """Returns the smallest and the best slice, and how many were compiled."""
-    lines = []
-    fewest, best = result.fewest, result.best
-    if fewest is None or best is None:
-        lines.append("No compiled slice fits.")
-    else:
-        by_chip = ", ".join(result.smallest.values())
-        lines.append(f"Smallest that fits: {fewest.topology}. By chip: {by_chip}.")
-        lines.append(
-            f"Most tokens per chip-second: {best.topology}, {best.rate:,.1f}; "
-            f"mesh {describe_mesh(best.mesh)}"
-        )
-    lines.append(f"Compiled {len(result.plans)} of {len(result.candidates)} slices.")
-    if result.exhausted:
-        lines.append(
-            "--compiles was reached: a slice that was not compiled may be smaller or better."
-        )
-    return "\n".join(lines)
-
-
-def describe_mesh(mesh: MeshConfig) -> str:
-    """Returns the axes above 1 and the logical axes that are not sharded."""
-    parts = [f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1]
-    parts += [f"{name} whole" for name, axes in mesh.rules.items() if not axes]
-    return ", ".join(parts) or "one device"
-
-
 def verdict(plan: Plan) -> str:
     """Returns whether the stage fits and what would help; time, utilization and cost."""
     verdicts = {
@@ -267,10 +210,18 @@ def verdict(plan: Plan) -> str:
         lines.append(
             f"At the roofline: {totals['step_seconds']:.3f} s per step, "
             f"{totals['tokens_per_second']:,.0f} tokens/s, MFU {100 * totals['mfu']:.0f} %; "
-            f"{totals['hours']:,.1f} h and {totals['chip_hours']:,.0f} chip-hours "
-            f"for all {steps} steps. "
+            f"{_cost(totals)} for all {steps} steps. "
             "This is a lower bound of the time: everything that can overlap does."
         )
     if unknown := sum(p.cost.unknown_loops for p in plan.programs if p.cost):
         lines.append(f"Loops of unknown trip count, counted once: {unknown}.")
     return escape("\n".join(lines))
+
+
+def _cost(totals: dict[str, float]) -> str:
+    """Returns the hours, days, chip-hours and money of all steps."""
+    hours, chip_hours = totals["hours"], totals["chip_hours"]
+    text = (
+        f"{hours:,.1f} h ({totals['days']:,.2f} days) and {chip_hours:,.0f} chip-hours"
+    )
+    return f"{text}, costs {totals['money']:,.4g}," if "money" in totals else text

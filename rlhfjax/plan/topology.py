@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from rlhfjax.errors import ConfigError, first_line, install
 from rlhfjax.mesh import Devices
-from rlhfjax.plan.chips import CHIPS, Chip
+from rlhfjax.plan.chips import TPUS, Chip
 
 HERE = "here"
 _QUIET = {
@@ -58,10 +58,10 @@ def target(topology: str, slices: int = 1) -> Target:
     if topology == HERE:
         return _here()
     family, colon, _ = topology.partition(":")
-    if family not in CHIPS or not colon:
+    if family not in TPUS or not colon:
         raise ConfigError(
             f"--topology={topology}: expected CHIP:SHAPE such as v5e:4x4 or v5p:4x4x4, or {HERE}; "
-            f"chips are {', '.join(CHIPS)}"
+            f"chips are {', '.join(TPUS)}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -78,7 +78,7 @@ def target(topology: str, slices: int = 1) -> Target:
     except Exception as e:  # libtpu raises several types
         raise ConfigError(f"--topology={topology}: {first_line(e)}") from None
     places = {(getattr(d, "slice_index", 0), *d.coords) for d in devices}
-    chip = dataclasses.replace(CHIPS[family], devices=len(devices) // len(places))
+    chip = dataclasses.replace(TPUS[family], devices=len(devices) // len(places))
     name = topology if slices == 1 else f"{slices} x {topology}"
     return Target(
         name=name,

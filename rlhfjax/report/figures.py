@@ -243,6 +243,23 @@ def distributions(
         return _svg(figure)
 
 
+def lengths(edges: Sequence[int], before: Sequence[int], after: Sequence[int]) -> str:
+    """Returns a histogram of lengths: what is left is filled, what was read is outlined.
+
+    Args:
+      edges: the smallest length of each bin.
+      before, after: how many rows are in each bin.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.9, 2.3)
+        places = np.arange(len(edges))
+        axes.bar(places, after, width=1, color=FIRST, alpha=0.45, lw=0)
+        axes.bar(places, before, width=1, color="none", ec=INK, lw=0.8)
+        axes.set_xticks(places[::2], [f"{edge:,}" for edge in edges[::2]], rotation=45)
+        axes.set(xlabel="words, from", ylabel="rows")
+        return _svg(figure)
+
+
 def proxy_and_gold(proxy: Curve | None, gold: Curve | None) -> str:
     """Returns a figure of held-out proxy and gold reward over steps, each with its own axis.
 

@@ -11,10 +11,10 @@ import jinja2
 import numpy as np
 
 from rlhfjax import json_text, paths
-from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
+from rlhfjax.progress import duration
 from rlhfjax.redact import redact
-from rlhfjax.report import figures, length, meanings, names, origin, tables
+from rlhfjax.report import corpus, figures, length, meanings, names, origin, tables
 from rlhfjax.report.downloads import Drawing, drawing
 from rlhfjax.report.rollouts import rollouts
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
@@ -91,6 +91,7 @@ def render(run: Run) -> str:
         "panels": {stage.name: panels(stage) for stage in run.stages if stage.curves},
         "examples": [(stage, stage.samples[:FEW]) for stage in others],
         "origin": origin.rows(run),
+        "corpora": corpus.prepared(run),
         "times": [tables.goodput_row(s) for s in run.stages if s.goodput],
     }
     template = environment().get_template("page.html")
@@ -120,6 +121,7 @@ SECTIONS = (
     ("result", "Result", ("headlines",)),
     ("stages", "Stages", ()),
     ("times", "Where the time went", ("times",)),
+    ("corpus", "Prepared corpus", ("corpora",)),
     ("reward_and_kl", "Reward and KL", ("frontiers", "over_steps")),
     ("length", "Reward and length", ("scatters",)),
     ("tax", "Alignment tax", ("tax",)),

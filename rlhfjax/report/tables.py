@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhfjax.metrics import duration
+from rlhfjax.progress import duration
 from rlhfjax.report import meanings, names
 from rlhfjax.report.workdir import Run, Stage
 
@@ -29,6 +29,9 @@ LABELS = {
     "empty": "Empty responses",
     "prompts": "Prompts",
     "prompts_cut": "Prompts cut to the maximum length",
+    "chat_examples_cut": "Held-out conversations cut to the maximum length",
+    "data_merged_turns": "Messages joined to the one before them",
+    "data_skipped_rows": "Malformed rows that were left out",
 }
 PERCENT = {
     "gold_win_rate",
@@ -38,6 +41,7 @@ PERCENT = {
     "eos_rate",
     "empty",
     "prompts_cut",
+    "chat_examples_cut",
 }
 # Losses on held-out text, which have a separate table.
 TAX = {
@@ -49,6 +53,7 @@ TAX = {
 # The metrics that best tell how a stage went, most telling first. The stage table shows the first
 # four that a stage has.
 TELLING = (
+    "best_step", "best_value",
     "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy",
     "val_calibration_error", "val_gold", "val_proxy", "val_kl", "val_loss", "val_nats_per_byte",
     "reward", "kl", "loss", "accuracy",
@@ -63,6 +68,7 @@ INTERVALS = {
     "": "percentile bootstrap",
 }
 GREEDY = "none: responses are greedy (temperature 0), not samples"
+SHAPED = "none: with min_p, repetition_penalty or stop, responses are no samples of the policy"
 # The headline rows that are shown large at the top of the page; those of the proxy reward only
 # without a gold reward.
 CARDS = ("gold_win_rate", "gold", "kl", "distinct_2")
@@ -116,10 +122,20 @@ def headlines(run: Run) -> list[Headline]:
         for name in dict.fromkeys(map(_base, metrics))
         if not _ends_interval(name) and name not in TAX
     ]
-    if "kl" not in metrics and stages[-1].config.get("temperature") == 0:
-        rows.append(Headline("kl", LABELS["kl"], baseline="", policy="", note=GREEDY))
+    note = _why_no_kl(stages[-1].config)
+    if "kl" not in metrics and note:
+        rows.append(Headline("kl", LABELS["kl"], baseline="", policy="", note=note))
     order = {name: i for i, name in enumerate(LABELS)}
     return sorted(rows, key=lambda row: order.get(row.name, len(order)))
+
+
+def _why_no_kl(config: Mapping[str, Any]) -> str:
+    """Returns why evaluation measured no KL; empty if its options do not say so."""
+    if config.get("temperature") == 0:
+        return GREEDY
+    penalty = config.get("repetition_penalty", 1)
+    is_shaped = config.get("min_p") or penalty != 1 or config.get("stop")
+    return SHAPED if is_shaped else ""
 
 
 def cards(rows: list[Headline]) -> list[Headline]:
@@ -333,4 +349,5 @@ def goodput_row(stage: Stage) -> dict[str, str]:
 def telling(stage: Stage, most: int = 4) -> list[str]:
     """Returns the names of the metrics that best tell how a stage went, at most `most`."""
     known = [name for name in TELLING if name in stage.last]
-    return known[:most] or sorted(stage.last)[:most]
+    others = [name for name in sorted(stage.last) if not name.startswith("data_")]
+    return known[:most] or others[:most]

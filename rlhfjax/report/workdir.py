@@ -7,7 +7,8 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from rlhfjax import clock, paths, provenance, sums, workdirs
+from rlhfjax import clock, json_text, paths, provenance, sums, workdirs
+from rlhfjax.corpus import summary
 from rlhfjax.errors import ConfigError
 from rlhfjax.jsonl import REMEDY, read_jsonl
 from rlhfjax.metrics import METRICS_FILE, SAMPLES_FILE, TIMING_FILE, read_rows
@@ -56,6 +57,7 @@ class Stage:
     calibration: Calibration | None
     config: dict
     goodput: clock.Record | None  # None if the stage does not train
+    corpus: summary.Summary | None = None  # what `prepare` did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,13 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
         calibration=_calibration(folder) or ended.get("calibration"),
         config=config,
         goodput=clock.read(folder),
+        corpus=_corpus(folder),
     )
+
+
+def _corpus(folder: Path) -> summary.Summary | None:
+    """Returns what `prepare` did to a corpus; None if the stage is another one."""
+    return json_text.read_if_there(folder / summary.FILE, summary.Summary)
 
 
 def _calibration(folder: Path) -> Calibration | None:

@@ -89,7 +89,7 @@ def load(config: ComposeConfig, loader: Loader) -> Reward:
     Raises:
       ConfigError: a member of an ensemble is no reward model, or has another model_config.
     """
-    if config.combine != "sum":
+    if is_ensemble(config):
         return _load_ensemble(config, loader)
     rewards = [loader.load(part) for part in parts(config)]
     members: list[tuple[Reward, Reward | None]] = []
@@ -97,6 +97,11 @@ def load(config: ComposeConfig, loader: Loader) -> Reward:
         reward = rewards.pop(0)
         members.append((reward, rewards.pop(0) if member.where else None))
     return WeightedSum(config, members)
+
+
+def is_ensemble(config: ComposeConfig) -> bool:
+    """Returns whether members are combined as models of one shape; else they are summed."""
+    return config.combine != "sum"
 
 
 def _load_ensemble(config: ComposeConfig, loader: Loader) -> EnsembleReward:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.models.experts import Routing
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, Rows, small
 from rlhfjax.rewards.model import ModelReward
@@ -22,9 +23,20 @@ def token_rewards(
 
     This state depends on the token, which is the action.
     """
-    return model.scalar(
-        params, model.hidden(params, tokens, segment_ids=attention_mask)
+    return token_rewards_and_routing(model, params, tokens, attention_mask)[0]
+
+
+def token_rewards_and_routing(
+    model: Model,
+    params: PyTree,
+    tokens: Int[Array, "n t"],
+    attention_mask: Int[Array, "n t"],
+) -> tuple[Float[Array, "n t"], Routing | None]:
+    """Returns `token_rewards`, and the routing of a mixture of experts, for training."""
+    hidden, routing = model.hidden_and_routing(
+        params, tokens, segment_ids=attention_mask
     )
+    return model.scalar(params, hidden), routing
 
 
 class DenseReward(ModelReward):

@@ -11,29 +11,48 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from rlhfjax.algos import direct
+from rlhfjax.algos import direct, dpo_variants
 from rlhfjax.algos.masked import divide
 from rlhfjax.algos.preference import pair_metrics, reward_differences, untied_pairs
 from rlhfjax.data.batches import DirectBatch, PreferenceBatch
+from rlhfjax.models.experts import Routing
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Finite, NonNegative, Positive, ShareBelowHalf
 from rlhfjax.types import Loss, PyTree
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
+BETAS = {"simpo": 2.0, "dpo_norm": 5.0, "dpop": 0.3}
+"""Default betas of the papers, where they are not 0.1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """A loss and its hyperparameters. Hyperparameters of other losses are ignored."""
 
-    name: Literal["dpo", "cdpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
+    name: Literal[
+        "dpo",
+        "cdpo",
+        "robust",
+        "dpo_norm",
+        "irpo",
+        "dpop",
+        "ipo",
+        "kto",
+        "orpo",
+        "simpo",
+    ] = "dpo"
     """Name of the loss."""
     beta: Positive | None = None
-    """Strength of the KL constraint; IPO's tau and ORPO's lambda; None: 0.1, of SimPO 2.0."""
+    """Strength of the KL constraint; IPO's tau and ORPO's lambda; None: 0.1, of SimPO 2.0, of
+    dpo_norm 5.0, of DPOP 0.3."""
     smoothing: ShareBelowHalf = 0.1
-    """Probability that a label is wrong; cDPO only."""
+    """Probability that a label is wrong; cDPO and robust DPO only."""
+    nll: NonNegative = 1.0
+    """Weight alpha of the chosen response's negative log-likelihood per token; irpo only."""
+    drop_penalty: NonNegative = 50.0
+    """Weight lambda of a chosen response's drop below the reference; dpop only."""
     margin: NonNegative = 1.0
     """Gamma in units of reward; SimPO only. The paper's gamma / beta is 0.3 to 1.6."""
     desirable_weight: NonNegative = 1.0
@@ -48,7 +67,7 @@ class LossConfig:
         """beta, or the default of the loss."""
         if self.beta is not None:
             return self.beta
-        return 2.0 if self.name == "simpo" else 0.1
+        return BETAS.get(self.name, 0.1)
 
     @property
     def needs_reference(self) -> bool:
@@ -66,6 +85,7 @@ class Completions:
     valid: Float[Array, "p k"]  # 1 on completions that exist
     kl: Float[Array, ""]  # KTO's estimate over the whole batch, nats
     same: Int[Array, "p k"] | None = None  # equal where tokens are the same
+    lengths: Num[Array, "p k"] | None = None  # tokens |y|, for dpo_norm
 
 
 def make_loss(config: LossConfig) -> Callable[[Completions], Loss]:
@@ -89,7 +109,16 @@ def completions_of(
     valid = batch.valid * (batch.lengths > 0)
     reference = jnp.zeros_like(total) if batch.reference is None else batch.reference
     kl = jnp.zeros(()) if batch.kl is None else batch.kl[0]
-    return Completions(total, mean, reference, batch.scores, valid, kl, batch.same)
+    return Completions(
+        total=total,
+        mean=mean,
+        reference=reference,
+        scores=batch.scores,
+        valid=valid,
+        kl=kl,
+        same=batch.same,
+        lengths=batch.lengths,
+    )
 
 
 def implicit_rewards(
@@ -97,7 +126,8 @@ def implicit_rewards(
 ) -> Float[Array, "p k"]:
     """Returns the rewards that the policy is optimal for.
 
-    They are beta log pi/rho; SimPO: beta log pi / |y|; ORPO: beta log odds.
+    They are beta log pi/rho; dpo_norm: that per token; SimPO: beta log pi / |y|; ORPO: beta log
+    odds.
     """
     if config.name == "simpo":
         return config.strength * completions.mean
@@ -105,7 +135,10 @@ def implicit_rewards(
         mean = jnp.where(completions.valid > 0, completions.mean, -1.0)
         odds = direct.log_odds(mean.ravel()).reshape(mean.shape)
         return config.strength * odds
-    return config.strength * (completions.total - completions.reference)
+    rewards = config.strength * (completions.total - completions.reference)
+    if config.name == "dpo_norm":
+        return rewards / jnp.maximum(_lengths(completions), 1)
+    return rewards
 
 
 # ------------------------------------------------------------------ losses
@@ -143,6 +176,57 @@ def _dpo(config: LossConfig, completions: Completions) -> Loss:
 def _cdpo(config: LossConfig, completions: Completions) -> Loss:
     return direct.cdpo_loss(
         *_with_reference(completions), beta=config.strength, smoothing=config.smoothing
+    )
+
+
+def _robust(config: LossConfig, completions: Completions) -> Loss:
+    return dpo_variants.robust_dpo_loss(
+        *_with_reference(completions), beta=config.strength, smoothing=config.smoothing
+    )
+
+
+def _dpo_norm(config: LossConfig, completions: Completions) -> Loss:
+    chosen, rejected = _pairs(completions.total)
+    ref_chosen, ref_rejected = _pairs(completions.reference)
+    chosen_length, rejected_length = _pairs(_lengths(completions))
+    return dpo_variants.dpo_norm_loss(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+        weight=pair_weights(completions).ravel(),
+        beta=config.strength,
+    )
+
+
+def _lengths(completions: Completions) -> Float[Array, "p k"]:
+    assert completions.lengths is not None  # `completions_of` has them
+    return completions.lengths.astype(completions.total.dtype)
+
+
+def _irpo(config: LossConfig, completions: Completions) -> Loss:
+    chosen, rejected = _pairs(completions.total)
+    ref_chosen, ref_rejected = _pairs(completions.reference)
+    chosen_mean, _ = _pairs(completions.mean)
+    return dpo_variants.irpo_loss(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        chosen_mean=chosen_mean,
+        weight=pair_weights(completions).ravel(),
+        beta=config.strength,
+        alpha=config.nll,
+    )
+
+
+def _dpop(config: LossConfig, completions: Completions) -> Loss:
+    return dpo_variants.dpop_loss(
+        *_with_reference(completions),
+        beta=config.strength,
+        penalty=config.drop_penalty,
     )
 
 
@@ -203,6 +287,10 @@ def _desirability(
 _LOSSES = {
     "dpo": _dpo,
     "cdpo": _cdpo,
+    "robust": _robust,
+    "dpo_norm": _dpo_norm,
+    "irpo": _irpo,
+    "dpop": _dpop,
     "ipo": _ipo,
     "kto": _kto,
     "orpo": _orpo,
@@ -221,18 +309,28 @@ def completion_logprobs(
     Args:
       key: turns dropout on.
     """
-    logprobs, mask = token_logprobs(model, params, batch, key)
+    total, mean, _ = logprobs_and_routing(model, params, batch, key)
+    return total, mean
+
+
+def logprobs_and_routing(
+    model: Model, params: PyTree, batch: PreferenceBatch, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, Routing | None]:
+    """Returns `completion_logprobs`, and the routing of a mixture of experts, for training."""
+    logprobs, mask, routing = token_logprobs(model, params, batch, key)
     shape = batch.lengths.shape
     total = direct.sequence_logprobs(logprobs, mask).reshape(shape)
-    return total, direct.mean_logprobs(logprobs, mask).reshape(shape)
+    mean = direct.mean_logprobs(logprobs, mask).reshape(shape)
+    return total, mean, routing
 
 
 def token_logprobs(
     model: Model, params: PyTree, batch: PreferenceBatch, key: jax.Array | None = None
-) -> tuple[Float[Array, "n s"], Float[Array, "n s"]]:
+) -> tuple[Float[Array, "n s"], Float[Array, "n s"], Routing | None]:
     """Returns log pi(y_t | x, y_<t) of n = b k sequences, and the mask of their completions.
 
-    Position i of the s = t - 1 positions is about token i + 1 of the sequence.
+    The third result is the routing of a mixture of experts. Position i of the s = t - 1 positions
+    is about token i + 1 of the sequence.
 
     Args:
       key: turns dropout on.
@@ -240,9 +338,12 @@ def token_logprobs(
     length = batch.tokens.shape[-1]
     tokens = batch.tokens.reshape(-1, length)
     attention_mask = batch.attention_mask.reshape(-1, length)
-    hidden = model.hidden(params, tokens, segment_ids=attention_mask, key=key)
+    hidden, routing = model.hidden_and_routing(
+        params, tokens, segment_ids=attention_mask, key=key
+    )
     logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
-    return logprobs, completion_mask(attention_mask, batch.lengths.reshape(-1))
+    mask = completion_mask(attention_mask, batch.lengths.reshape(-1))
+    return logprobs, mask, routing
 
 
 def completion_mask(

@@ -29,7 +29,6 @@ from rlhfjax.rewards.judge import (
     JudgeConfig,
     ask,
     class_probabilities,
-    readable,
     validate_placeholders,
 )
 from rlhfjax.rewards.labelers import Answers
@@ -126,7 +125,7 @@ class Feedback:
             prompt, texts = answers.prompts[row], answers.completions[row]
             both = sorted((texts[i], texts[j]))
             values = {
-                "prompt": readable(prompt),
+                "prompt": prompt,
                 "principle": choose(self.principles, config.seed, prompt, *both),
                 "a": texts[i],
                 "b": texts[j],

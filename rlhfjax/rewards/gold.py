@@ -7,12 +7,13 @@ overoptimization", section 2, has the same synthetic setup).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhfjax.errors import ConfigError, DataError, install
+from rlhfjax.errors import ConfigError, DataError, first_line, install
 from rlhfjax.evals.text import repeated_n, words
 
 REPEATED_WORDS_ALLOWED = 0.25
@@ -24,9 +25,53 @@ STACK_SHARE = 1 / 3
 """share of positive words from which more are stacked, if there are more than STACK_FROM"""
 STACK_FROM = 2
 PER_STACKED_WORD = 0.2
+NORMALIZATION = 15
+"""VADER's: a sum of valences s has the sentiment s / sqrt(s^2 + NORMALIZATION)"""
 
 
-class Sentiment:
+class _Penalized:
+    """Scores a response by its sentiment, less penalties; see `Sentiment`."""
+
+    STACK_SHARE: float
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Returns the score of each response, float32 [n]; there are as many prompts."""
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
+        return np.array(
+            [self.score(response) for response in responses], dtype=np.float32
+        )
+
+    def score(self, response: str) -> float:
+        """Returns the gold reward of one response, at most 1."""
+        terms = self.explain(response)
+        return terms.pop("sentiment") - sum(terms.values())
+
+    def explain(self, response: str) -> dict[str, float]:
+        """Returns the terms of the formula: `sentiment`, and the penalties to subtract."""
+        names = ("sentiment", "empty", "repeated", "long", "stacked")
+        terms = dict.fromkeys(names, 0.0)
+        tokens = words(response)
+        if not tokens:
+            return terms | {"empty": 1.0}
+        sentiment, positive = self._sentiment(response, tokens)
+        stacked = positive - max(STACK_FROM, self.STACK_SHARE * len(tokens))
+        repeated_words = max(0.0, repeated_n(response, 1) - REPEATED_WORDS_ALLOWED)
+        repeated = repeated_words + repeated_n(response, 2)
+        long = PER_LONG_WORD * max(0, len(tokens) - LONG_FROM_WORDS)
+        return terms | {
+            "sentiment": sentiment,
+            "repeated": min(1.0, repeated),
+            "long": min(1.0, long),
+            "stacked": min(1.0, PER_STACKED_WORD * max(0.0, stacked)),
+        }
+
+    def _sentiment(self, response: str, tokens: Sequence[str]) -> tuple[float, int]:
+        """Returns the sentiment in [-1, 1], and the number of positive words."""
+        raise NotImplementedError
+
+
+class Sentiment(_Penalized):
     """Scores how friendly a response sounds, less penalties for degenerate text.
 
       gold(response) = VADER(response) - empty - repeated - long - stacked
@@ -49,6 +94,8 @@ class Sentiment:
       DataError: vaderSentiment is not installed.
     """
 
+    STACK_SHARE = STACK_SHARE
+
     def __init__(self) -> None:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -59,40 +106,81 @@ class Sentiment:
             ) from None
         self._vader: Any = SentimentIntensityAnalyzer()
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Returns the score of each response, float32 [n]; there are as many prompts."""
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
-        return np.array(
-            [self.score(response) for response in responses], dtype=np.float32
-        )
-
-    def score(self, response: str) -> float:
-        """Returns the gold reward of one response, at most 1."""
-        terms = self.explain(response)
-        return terms.pop("sentiment") - sum(terms.values())
-
-    def explain(self, response: str) -> dict[str, float]:
-        """Returns the terms of the formula: `sentiment`, and the penalties to subtract."""
-        names = ("sentiment", "empty", "repeated", "long", "stacked")
-        terms = dict.fromkeys(names, 0.0)
-        tokens = words(response)
-        if not tokens:
-            return terms | {"empty": 1.0}
+    def _sentiment(self, response: str, tokens: Sequence[str]) -> tuple[float, int]:
         positive = sum(self._vader.lexicon.get(token, 0.0) > 0 for token in tokens)
-        stacked = positive - max(STACK_FROM, STACK_SHARE * len(tokens))
-        repeated_words = max(0.0, repeated_n(response, 1) - REPEATED_WORDS_ALLOWED)
-        repeated = repeated_words + repeated_n(response, 2)
-        long = PER_LONG_WORD * max(0, len(tokens) - LONG_FROM_WORDS)
-        return terms | {
-            "sentiment": float(self._vader.polarity_scores(response)["compound"]),
-            "repeated": min(1.0, repeated),
-            "long": min(1.0, long),
-            "stacked": min(1.0, PER_STACKED_WORD * max(0.0, stacked)),
-        }
+        return float(self._vader.polarity_scores(response)["compound"]), positive
 
 
-SCORERS: dict[str, Callable[[], Sentiment]] = {"sentiment": Sentiment}
+class ChineseSentiment(_Penalized):
+    """Scores how friendly a Chinese response sounds, less the penalties of `Sentiment`.
+
+      gold(response) = s / sqrt(s^2 + 15) - empty - repeated - long - stacked
+      s = sum of the valences v of the lexicon's words; -v directly after a negation
+
+    Words are found from left to right, the longest first, because Chinese has no spaces; they may
+    be of the lexicon (33,029 words, 1.1 <= |v| <= 1.9) or negations (不, 没有, …). The penalties
+    count characters where those of English text count words; `stacked` counts positive words
+    beyond max(2, characters / 6). 95 % of the dictionary's definitions of up to 30 characters have
+    a share of repeated characters below 0.28, and of bigrams below 0.11.
+
+    It knows no grammar: 不太高兴 is as happy as 高兴. A classifier that read sentences would do
+    better; as a labeler that a reward model has to learn it serves.
+
+    Source: the tables sentiment_words and negative_words of the package jionlp; the form of the
+    sum is VADER's (Hutto & Gilbert 2014). The penalties are ours.
+
+    Raises:
+      DataError: jionlp is not installed, or its tables are damaged.
+    """
+
+    STACK_SHARE = 1 / 6
+
+    def __init__(self) -> None:
+        # They import TFDS, which no other scorer needs.
+        from rlhfjax.data import chinese
+        from rlhfjax.data.package_corpora import DAMAGED
+
+        try:
+            table = list(chinese.read_table("sentiment_words"))
+            self._lexicon = {word: float(valence) for word, valence in table}
+            self._negations = set(chinese.read_words("negative_words"))
+        except DAMAGED as error:
+            why = first_line(error, kind=True)
+            raise DataError(
+                f"gold:zh_sentiment: a table of jionlp is damaged ({why});"
+                f" {chinese.INSTALL} --force-reinstall"
+            ) from error
+        self._longest = max(map(len, [*self._lexicon, *self._negations]))
+
+    def _sentiment(self, response: str, tokens: Sequence[str]) -> tuple[float, int]:
+        valences = list(self._valences(response))
+        total = sum(valences)
+        positive = sum(valence > 0 for valence in valences)
+        return total / math.sqrt(total**2 + NORMALIZATION), positive
+
+    def _valences(self, text: str) -> Iterator[float]:
+        """Yields the valences of the lexicon's words in a text, in order."""
+        at, sign = 0, 1.0
+        while at < len(text):
+            word = self._word(text, at)
+            if word in self._lexicon:
+                yield sign * self._lexicon[word]
+            sign = -1.0 if word in self._negations else 1.0
+            at += len(word)
+
+    def _word(self, text: str, at: int) -> str:
+        """Returns the longest known word that begins at a position, else one character."""
+        for end in range(min(at + self._longest, len(text)), at + 1, -1):
+            word = text[at:end]
+            if word in self._lexicon or word in self._negations:
+                return word
+        return text[at]
+
+
+SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment]] = {
+    "sentiment": Sentiment,
+    "zh_sentiment": ChineseSentiment,
+}
 """What makes each gold scorer, by name."""
 
 

@@ -25,10 +25,13 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Size, Tokens
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.sampling import Sampling, generate
+from rlhfjax.sampling.config import end_ids
 from rlhfjax.types import PyTree
 
 Conversation = list[chat.Message]
 Row = tuple[list[int], list[int]]  # token ids of a question, and of an option
+_LABEL = re.compile(rf"({'|'.join(chat.ROLES)}):", re.IGNORECASE)
+_CUT = "…"  # stands before a text that lost its beginning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,10 +147,11 @@ class Judge:
         Answer i is sampled with fold_in(key(seed), i).
         """
         size, room = self._config.batch_size, self._config.length - max_new_tokens
-        eos_id, pad_id = self.tokenizer.eos_id, self.tokenizer.pad_id
+        pad_id, ends = self.tokenizer.pad_id, end_ids(self.tokenizer)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
-            eos_id=eos_id,
+            eos_id=self.tokenizer.eos_id,
+            extra_eos_ids=self.tokenizer.extra_eos_ids,
             pad_id=pad_id,
             temperature=temperature,
         )
@@ -178,7 +182,7 @@ class Judge:
             tokens, mask = hosts.whole((samples.tokens, samples.mask))
             for row, keep in zip(tokens[: len(batch)], mask[: len(batch)], strict=True):
                 sampled = row[keep > 0].tolist()
-                answers.append([token for token in sampled if token != eos_id])
+                answers.append([token for token in sampled if token not in ends])
         return answers
 
 
@@ -205,13 +209,27 @@ def class_probabilities(logprobs: Float[np.ndarray, "n o"]) -> Float[np.ndarray,
 
 
 def readable(prompt: str) -> str:
-    """Returns a prompt with chat markers as lines `User: …`, one per turn that has text."""
-    first, *rest = re.split(r"<\|(user|assistant|system)\|>", prompt)
-    lines = [first] if first.strip() else []
-    for role, text in zip(rest[::2], rest[1::2], strict=True):
-        if text.strip():
-            lines.append(f"{role.capitalize()}: {text}")
+    """Returns a prompt with chat markers as lines `User: …`, one per turn that has text.
+
+    A turn begins at the margin, and its further lines are indented: no message can write a turn.
+    """
+    lines = []
+    for turn in chat.turns_of(prompt):
+        if not turn["content"].strip():
+            continue
+        text = indented(turn["content"])
+        if turn["role"]:
+            text = f"{turn['role'].capitalize()}: {text}"
+        elif _LABEL.match(text):
+            text = _CUT + text
+        lines.append(text)
     return "\n".join(lines)
+
+
+def indented(text: str) -> str:
+    """Returns a text with two blanks before each line but the first."""
+    first, *rest = text.splitlines(keepends=True) or [""]
+    return first + "".join(f"  {line}" if line.strip() else line for line in rest)
 
 
 def ask(
@@ -224,18 +242,28 @@ def ask(
 ) -> tuple[Conversation, bool]:
     """Returns a template with its values as a question, and whether a value was cut to fit.
 
+    `prompt` is written as `readable` does, and further lines of the other values are indented: a
+    line at the margin is the template's, or opens a turn. Where the judge's chat template marks
+    turns by ordinary text, a value that spells such a marker gets a blank within it.
+
     The words of the template stay, so that the judge sees the question and its options. `prompt`
     loses its beginning, down to half of what the template leaves; the other values lose their ends,
     the longest first.
 
     Args:
       max_tokens: of the question in the chat template.
-      values: texts for the names in the template.
+      values: texts for the names in the template; `prompt` has chat markers.
       uncut: names of values that are not cut.
 
     Raises:
       ConfigError: the template does not leave a token for each value.
     """
+    markers = tokenizer.template.plain_markers
+    written = {}
+    for name, text in values.items():
+        text = readable(text) if name == "prompt" else indented(text)
+        written[name] = _without_markers(text, markers)
+    values = written
     filled = fill(template, values)
     over = _size(tokenizer, filled) - max_tokens
     if over <= 0:
@@ -260,6 +288,12 @@ def ask(
     return _question(filled), True
 
 
+def _without_markers(text: str, markers: Sequence[str]) -> str:
+    for marker in markers:
+        text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+    return text
+
+
 def _question(text: str) -> Conversation:
     return [{"role": "user", "content": text}]
 
@@ -281,7 +315,10 @@ def _parts(
     parts = {name: value[:most] for name, value in ids.items()}
     if "prompt" in ids:
         parts["prompt"] = ids["prompt"][len(ids["prompt"]) - prompt :]
-    return {name: chat.decode_part(tokenizer, part) for name, part in parts.items()}
+    texts = {name: chat.decode_part(tokenizer, part) for name, part in parts.items()}
+    if prompt < len(ids.get("prompt", ())):
+        texts["prompt"] = _CUT + texts["prompt"]  # what was indented may begin it now
+    return texts
 
 
 # `{name}`, also with what str.format takes after a name. LaTeX has a word, `^`, `_` or a brace

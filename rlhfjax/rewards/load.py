@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from rlhfjax.algos.process import Combine
 from rlhfjax.errors import ConfigError
 from rlhfjax.rewards import compose, feedback, gold, rubric, rules
 from rlhfjax.rewards.dense import DenseReward
 from rlhfjax.rewards.labelers import RankingsLabeler
 from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards.process import SEPARATOR, ProcessReward, validate_separator
 from rlhfjax.rewards.rankings import by_labeler, read_rankings
 from rlhfjax.rewards.registry import (
     KINDS,
@@ -66,6 +68,19 @@ class DenseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """A model that scores the steps of a response."""
+
+    model: str = ""
+    """the workdir of a process_reward stage; empty in its own reward.json: the folder of that
+    file"""
+    separator: str = SEPARATOR
+    """text between two steps, that of training"""
+    combine: Combine = "product"
+    """the score of a response: product or minimum of the probabilities of its steps"""
+
+
+@dataclasses.dataclass(frozen=True)
 class RankingsConfig:
     """Rankings by people, as a labeler."""
 
@@ -87,7 +102,20 @@ def _load_dense(config: DenseConfig, loader: Loader) -> DenseReward:
     return DenseReward(saved.model, saved.params, loader.program)
 
 
-def _reward_model(config: ModelConfig | DenseConfig) -> Iterator[Part]:
+def _load_process(config: ProcessConfig, loader: Loader) -> ProcessReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return ProcessReward(
+        saved,
+        tokenizer=loader.tokenizer,
+        layout=loader.layout,
+        separator=config.separator,
+        combine=config.combine,
+        program=loader.program,
+    )
+
+
+def _reward_model(config: ModelConfig | DenseConfig | ProcessConfig) -> Iterator[Part]:
     if config.model:
         yield Part("model", config.model, "scalar")
 
@@ -101,7 +129,7 @@ def _load_gold(config: gold.GoldConfig, loader: Loader) -> TextReward:
 
 
 def _load_rule(config: rules.RuleConfig, loader: Loader) -> TextReward:
-    return TextReward(rules.Rule(config), loader.tokenizer)
+    return TextReward(rules.Rule(config), loader.tokenizer, config.hosts)
 
 
 def _parse_rankings(text: str) -> dict[str, str]:
@@ -133,13 +161,34 @@ KINDS.update(
         parse=rules.parse,
         files=("metadata",),
     ),
-    model=Kind(ModelConfig, _load_model, _reward_model, sources=("model",)),
-    dense=Kind(DenseConfig, _load_dense, _reward_model, sources=("model",)),
+    model=Kind(
+        ModelConfig,
+        _load_model,
+        _reward_model,
+        sources=("model",),
+        is_model=lambda config: True,
+    ),
+    dense=Kind(
+        DenseConfig,
+        _load_dense,
+        _reward_model,
+        sources=("model",),
+        is_model=lambda config: True,
+    ),
+    process=Kind(
+        ProcessConfig,
+        _load_process,
+        _reward_model,
+        check=lambda config: validate_separator(config.separator, "process"),
+        sources=("model",),
+        is_model=lambda config: True,
+    ),
     compose=Kind(
         compose.ComposeConfig,
         compose.load,
         compose.parts,
         sources=("reward", "where"),
+        is_model=compose.is_ensemble,
     ),
     rubric=Kind(rubric.RubricConfig, rubric.load, _judge_model, sources=("model",)),
     feedback=Kind(

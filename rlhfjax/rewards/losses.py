@@ -20,12 +20,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.algos import ranking
+from rlhfjax.algos.masked import divide
 from rlhfjax.algos.preference import distinct_pairs, kwise_loss, untied_pairs
 from rlhfjax.ranges import Finite, NonNegative, Positive, ShareBelowHalf
 from rlhfjax.types import Loss
 
 RewardLoss = Callable[..., Loss]  # (rewards, labels, valid, same=None), all [p, k]
 Same = Int[Array, "p k"] | None
+WITH_TIES = ("soft", "half_ties", "rao_kupper")  # losses of all pairs i < j
+OVER_PROMPTS = ("kwise", "plackett_luce")  # losses that are means over prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,24 @@ class LossConfig:
     eta: Positive = 0.5
     """Reward difference below which responses tend to be called equal; rao_kupper only. The paper
     fits it; the default is ours."""
+    centering: NonNegative = 0.0
+    """Weight of (r_i + r_j)^2 of each pair, which draws rewards to 0 in training; 0 is off.
+    Eisenstein et al. 2023 and TRL: 0.01. Not with best_of_k, which has no pairs."""
 
 
 def make_loss(config: LossConfig) -> RewardLoss:
     """Returns the loss that a config names.
 
-    It is a function (rewards, labels, valid, same=None) -> (loss, metrics).
+    It is a function (rewards, labels, valid, same=None) -> (loss, metrics). With `centering` its
+    metric "centering" is the mean of (r_i + r_j)^2 over the pairs of the loss, and "loss" has it.
     """
+    loss = _named(config)
+    if not config.centering:
+        return loss
+    return functools.partial(_centered, loss, config)
+
+
+def _named(config: LossConfig) -> RewardLoss:
     return {
         "kwise": kwise_loss,
         "bradley_terry": _bradley_terry,
@@ -82,6 +96,45 @@ def make_loss(config: LossConfig) -> RewardLoss:
         "plackett_luce": ranking.plackett_luce_loss,
         "best_of_k": _best_of_k,
     }[config.name]
+
+
+def _centered(
+    loss: RewardLoss,
+    config: LossConfig,
+    rewards: Float[Array, "p k"],
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Same = None,
+) -> Loss:
+    """Returns a loss plus `centering` times the mean of (r_i + r_j)^2 over its own pairs."""
+    _, metrics = loss(rewards, labels, valid, same)
+    pairs = centered_pairs(config.name, labels, valid, same)
+    _, centering = ranking.centering_loss(rewards, pairs)
+    total, weight = metrics["loss"]
+    center_total, _ = centering["loss"]
+    total = total + config.centering * center_total
+    metrics = {**metrics, "loss": (total, weight), "centering": centering["loss"]}
+    return divide(total, weight), metrics
+
+
+def centered_pairs(
+    name: str,
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Same = None,
+) -> Float[Array, "p k k"]:
+    """Returns the weights of the pairs of a loss; their sum is the weight of the loss itself.
+
+    They are 1 for a mean over pairs, and 1 / (pairs of the prompt) for a mean over prompts.
+    """
+    if name in WITH_TIES:
+        distinct = distinct_pairs(valid, same).astype(valid.dtype)
+        return jnp.triu(distinct, k=1)
+    pairs = untied_pairs(labels, valid, same)
+    if name in OVER_PROMPTS:
+        count = jnp.sum(pairs, axis=(1, 2), keepdims=True)
+        return divide(pairs, jnp.broadcast_to(count, pairs.shape))
+    return pairs
 
 
 def ordered_pairs(

@@ -5,6 +5,7 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.models.experts import Routing
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, Rows
 from rlhfjax.types import PyTree
@@ -25,6 +26,18 @@ def sequence_rewards(
     Source: Ziegler et al. 2019, section 2.1; Ouyang et al. 2022, section 3.5.
     """
     return model.scalar(params, model.last_hidden(params, tokens, attention_mask, key))
+
+
+def rewards_and_routing(
+    model: Model,
+    params: PyTree,
+    tokens: Int[Array, "n t"],
+    attention_mask: Int[Array, "n t"],
+    key: jax.Array | None = None,
+) -> tuple[Float[Array, " n"], Routing | None]:
+    """Returns `sequence_rewards`, and the routing of a mixture of experts, for training."""
+    hidden, routing = model.last_hidden_and_routing(params, tokens, attention_mask, key)
+    return model.scalar(params, hidden), routing
 
 
 class ModelReward:

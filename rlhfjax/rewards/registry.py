@@ -80,7 +80,12 @@ class Kind:
     """options that hold globs of files"""
     labels: bool = False
     """it labels several responses to a prompt, and cannot score one alone"""
+    is_model: Callable[[Any], bool] = lambda config: False
+    """returns whether it loads a ModelReward, from which a value function can be initialized"""
 
+
+OWN_MODEL = ("dense", "process")
+"""Kinds whose model, in a folder's reward.json, is that of the folder itself."""
 
 KINDS: dict[str, Kind] = {}
 """The registry, filled by the table in `load.py`: import from there what uses it."""
@@ -169,7 +174,7 @@ def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
     if values is None:
         return _typed({"kind": "model", "model": source}, source)
     folder = paths.path(source)
-    if values.get("kind") == "dense":  # the model is that of the folder itself
+    if values.get("kind") in OWN_MODEL:
         values = values | {"model": source}
     reachable = _with_names(values, lambda name: _found(name, folder))
     file = str(folder / REWARD)

@@ -1,7 +1,7 @@
 """What rewards of sampled responses share: their types, and scorers of text as rewards."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -69,11 +69,39 @@ class ScorerWithMetrics(Scorer, Protocol):
     ) -> tuple[np.ndarray, Metrics]: ...
 
 
-class TextReward:
-    """Scores the text of each response on the first host and sends the scores to the others."""
+@runtime_checkable
+class BatchScorer(Scorer, Protocol):
+    """A scorer that needs the outcomes of a whole batch for its metrics, or to find an error."""
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
+    def outcomes(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Any]:
+        """Returns one picklable outcome per response, of a host's own rows."""
+        ...
+
+    def summarize(self, outcomes: Sequence[Any]) -> tuple[np.ndarray, Metrics]:
+        """Returns the scores [n] and metrics of all rows; every host calls it alike."""
+        ...
+
+
+ScoringHosts = Literal["every", "first", "together"]
+"""Which hosts score: each its own rows; the first one all rows; or all hosts all rows together,
+as a model on the mesh needs it."""
+
+
+_HostScored = tuple[np.ndarray, Metrics]
+
+
+class TextReward:
+    """Scores the text of each response; every host has all scores.
+
+    Args:
+      hosts: which hosts score.
+    """
+
+    def __init__(
+        self, scorer: Scorer, tokenizer: Tokenizer, hosts: ScoringHosts = "every"
+    ):
         self.scorer, self.tokenizer = scorer, tokenizer
+        self._hosts = hosts
 
     def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
         """Returns the scores [n]."""
@@ -115,16 +143,48 @@ class TextReward:
         scores[chosen], metrics = self._share_scores([x[chosen] for x in rows])
         return scores, metrics
 
-    def _share_scores(self, rows: Sequence[np.ndarray]) -> tuple[Any, Metrics]:
-        """Returns the scores [n] and metrics of the first host."""
+    def _share_scores(self, rows: Sequence[np.ndarray]) -> _HostScored:
+        """Returns the scores [n] and metrics of all rows, on every host."""
+        if self._hosts == "together":
+            return self._score(rows)
+        if self._hosts == "first":
+            return hosts.share(lambda: self._score(rows))
+        if isinstance(self.scorer, BatchScorer):
+            outcomes = hosts.share_all(lambda: self._own_outcomes(rows))
+            return self.scorer.summarize([one for part in outcomes for one in part])
+        parts = hosts.share_all(lambda: self._score_own(rows))
+        scores = np.concatenate([scores for scores, _ in parts])
+        return scores, _summed([metrics for _, metrics in parts])
+
+    def _score(self, rows: Sequence[np.ndarray]) -> _HostScored:
         prompts, responses = texts(self.tokenizer, *rows)
+        if isinstance(self.scorer, ScorerWithMetrics):
+            return self.scorer.with_metrics(prompts, responses)
+        return self.scorer(prompts, responses), {}
 
-        def scored() -> tuple[Any, Metrics]:
-            if isinstance(self.scorer, ScorerWithMetrics):
-                return self.scorer.with_metrics(prompts, responses)
-            return self.scorer(prompts, responses), {}
+    def _score_own(self, rows: Sequence[np.ndarray]) -> _HostScored:
+        own = _own(rows)
+        return self._score(own) if len(own[0]) else (np.zeros(0, np.float32), {})
 
-        return hosts.share(scored)
+    def _own_outcomes(self, rows: Sequence[np.ndarray]) -> list[Any]:
+        assert isinstance(self.scorer, BatchScorer)
+        return self.scorer.outcomes(*texts(self.tokenizer, *_own(rows)))
+
+
+def _own(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns this host's part of the rows."""
+    own = hosts.own_rows(len(rows[0]))
+    return [x[own] for x in rows]
+
+
+def _summed(parts: Sequence[Metrics]) -> Metrics:
+    """Returns metrics whose sums and weights are those of all parts."""
+    total: Metrics = {}
+    for part in parts:
+        for name, (value, weight) in part.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value, before[1] + weight)
+    return total
 
 
 def score_shapes(

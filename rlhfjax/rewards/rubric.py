@@ -18,7 +18,6 @@ from rlhfjax.rewards.judge import (
     JudgeConfig,
     ask,
     class_probabilities,
-    readable,
     validate_placeholders,
 )
 from rlhfjax.rewards.registry import Loader
@@ -95,7 +94,7 @@ class Rubric:
         room = self._judge.room(options)
         questions, cut = [], 0
         for prompt, response in zip(prompts, responses, strict=True):
-            values = {"prompt": readable(prompt), "response": response}
+            values = {"prompt": prompt, "response": response}
             question, was_cut = ask(
                 self._judge.tokenizer, self._config.template, room, values
             )
@@ -107,4 +106,4 @@ class Rubric:
 def load(config: RubricConfig, loader: Loader) -> TextReward:
     """Returns a rubric as a reward, its judge loaded."""
     judge = Judge(config.judge, loader.layout, loader.sources)
-    return TextReward(Rubric(config, judge), loader.tokenizer)
+    return TextReward(Rubric(config, judge), loader.tokenizer, "together")

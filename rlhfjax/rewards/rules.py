@@ -3,26 +3,28 @@
     rule:package.module:function?timeout=2&failed=-1&workers=4&metadata=runs/x/00_tasks/*.jsonl
 
 The prompt and the response are text; the prompt has our chat markers (`<|user|>…<|assistant|>`),
-whatever the model's chat template is. The function runs in processes beside the accelerator. A
-sample on which it fails gets the score `failed`; a metric and a warning say how many failed and
-why. The run stops if more than a tenth of a batch's samples fail (`max_failed`); in a batch of
-fewer than ten, a single one is more than a tenth. `metadata` is a glob of JSON lines: the column
-`prompt` is the question, and the other columns are passed to the function. Without it, metadata is
-empty.
+whatever the model's chat template is. A marker that a message spells has a backslash, `<\\|user|>`;
+`rlhfjax.data.chat.turns_of` returns the turns as they were written. The function runs in processes
+beside the accelerator. A sample on which it fails gets the score `failed`; a metric and a warning
+say how many failed and why. The run stops if more than a tenth of a batch's samples fail
+(`max_failed`); in a batch of fewer than ten, a single one is more than a tenth. `metadata` is a
+glob of JSON lines: the column `prompt` is the question, and the other columns are passed to the
+function. Without it, metadata is empty. Of several hosts each runs the function for its own part of
+the batch; with `hosts=first` the first one runs it for all.
 """
 
 import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
 
-from rlhfjax import user_code
+from rlhfjax import hosts, user_code
+from rlhfjax.data import chat
 from rlhfjax.data.files import matching
-from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
 from rlhfjax.ranges import Finite, Seconds, Share, Workers
@@ -48,6 +50,9 @@ class RuleConfig:
     """glob of JSON lines; empty: no metadata"""
     max_failed: Share = 0.1
     """share of a batch's samples that may fail; if more do, the run stops with the first error"""
+    hosts: Literal["every", "first"] = "every"
+    """hosts that run the rule: every host for its own rows, or the first one for all rows, for a
+    rule that keeps state or whose files are on one host"""
 
     def __post_init__(self):
         user_code.split(self.function, "rule", user_code.RULE)
@@ -107,12 +112,15 @@ class Rule:
     def with_metrics(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> tuple[np.ndarray, Metrics]:
+        """Returns the scores [n] and metrics of a batch, as `summarize` does."""
+        return self.summarize(self.outcomes(prompts, responses))
+
+    def summarize(self, outcomes: Sequence[Outcome]) -> tuple[np.ndarray, Metrics]:
         """Returns the scores [n] and the shares of samples that failed and that timed out.
 
         Raises:
           DataError: more than `max_failed` of the samples failed.
         """
-        outcomes = self.outcomes(prompts, responses)
         failed = [outcome for outcome in outcomes if outcome.value is None]
         timed_out = sum(outcome.error.startswith(TIMED_OUT) for outcome in failed)
         if failed:
@@ -137,7 +145,8 @@ class Rule:
                 f"{what}, more than max_failed={config.max_failed:g}; {first};"
                 " correct the rule, or allow more with …?max_failed=1"
             )
-        log.warning("%s and score %g; %s", what, config.failed, first)
+        if hosts.first():
+            log.warning("%s and score %g; %s", what, config.failed, first)
 
     def outcomes(
         self, prompts: Sequence[str], responses: Sequence[str]
@@ -166,7 +175,9 @@ class Rule:
 
 def question(prompt: str) -> str:
     """Returns the last user turn of a prompt with chat markers, or the text without markers."""
-    return prompt.rsplit(USER, 1)[-1].removesuffix(ASSISTANT).strip()
+    turns = chat.turns_of(prompt)
+    texts = [turn["content"] for turn in turns if turn["role"] in ("user", "")]
+    return texts[-1].strip() if texts else ""
 
 
 def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:

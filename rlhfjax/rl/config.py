@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rlhfjax.config import TrainConfig
-from rlhfjax.data.config import SourceConfig
+from rlhfjax.data.config import SourceConfig, validate_sources
 from rlhfjax.data.loader import rows_per_stream
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
@@ -26,8 +26,12 @@ from rlhfjax.ranges import (
 )
 from rlhfjax.rewards.load import RewardSource
 from rlhfjax.roles import Pass, Role, Workload, job_workload
-from rlhfjax.sampling.config import SamplingConfig
+from rlhfjax.sampling import layout as layouts
+from rlhfjax.sampling.config import SamplingConfig, ShapedSamplingConfig
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
+
+EXACT_KL = "exact_kl"  # the program that computes `KLConfig.exact`
+COMPARED = ("policy", "reference")  # and its roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,9 @@ class KLConfig:
     """Where the penalty is: in the reward per token, or a term of the loss."""
     estimator: Literal["k1", "k2", "k3", "sequence", "grpo"] = "k1"
     """KL estimator. In the loss, all have the gradient of KL(pi || pi_ref), but grpo (plain k3)."""
+    exact: bool = False
+    """Whether to log the KL over the whole vocabulary too, as kl_exact and val_kl_exact. It costs a
+    forward pass of policy and reference each per iteration, and changes nothing else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +157,18 @@ class PolicyConfig(TrainConfig, SamplingConfig):
     """Episodes per iteration; in the group stage, prompts per iteration."""
     rollout_mesh: MeshConfig | None = None
     """Mesh over the same devices for sampling; None: the training mesh."""
+    rollout_layout: Literal["auto", "training", "decode"] = "auto"
+    """Weights in rollouts. training: as they are, so that fsdp gathers them for every token.
+
+    decode: resharded once per rollout, heads, MLP and vocabulary over several devices each.
+    auto: decode if mesh.strategy="auto" finds that it costs less and fits, else training."""
+    rollout_tensor: Count = 0
+    """Devices that share the weights in the decode layout; 0: as many as cost least."""
+    rollout_cache_parts: Size = 1
+    """Steps in which the KV cache grows to its full length, without decode_batch. Attention then
+    reads fewer empty entries; each step compiles a separate decode loop."""
+    rollout_int8: Literal["none", "cache", "all"] = "none"
+    """What is int8 in rollouts: nothing, keys and values, or the weights too."""
     frozen_mesh: MeshConfig | None = None
     """Mesh of reward and reference on devices of their own, such as devices="6:8"; None: mesh."""
     one_step_off: bool = False
@@ -251,6 +270,9 @@ def policy_workload(
     ]
     if config.behavior_logprobs == "forward":
         passes.append(Pass("know", "policy", tokens, length))
+    if config.kl.exact:
+        exact = [Pass(EXACT_KL, role, tokens, length) for role in COMPARED]
+        passes += exact
     ratio = config.ptx.ratio if config.ptx.coefficient else 0
     if ratio:
         length_of_text = config.ptx.length
@@ -319,6 +341,7 @@ def validate_policy(
             f"{name}.lora.dropout={config.lora.dropout}: must be 0 in a policy stage, "
             "whose probability ratios dropout would make noise"
         )
+    _validate_rollouts(config, layout, model_config)
     for option in ("rollout_mesh", "frozen_mesh"):
         if getattr(config, option) is not None and config.lora.rank:
             raise ConfigError(
@@ -335,6 +358,58 @@ def validate_policy(
             "without it no response ends"
         )
     _validate_kl(config.kl, f"{name}.kl")
+    if config.kl.exact and config.frozen_mesh is not None:
+        raise ConfigError(
+            f"{name}.kl.exact: needs the logits of policy and reference on one mesh; "
+            "set frozen_mesh=None or kl.exact=False"
+        )
+
+
+def _validate_rollouts(
+    config: PolicyConfig, layout: Layout, model_config: TransformerConfig | None
+) -> None:
+    """Validates where and how rollouts are sampled. Raises ConfigError."""
+    name, shards = config.stage, config.rollout_tensor
+    if config.rollout_layout == "decode":
+        option = f'{name}.rollout_layout="decode"'
+        if config.rollout_mesh is not None:
+            raise ConfigError(f"{option}: must be auto with a rollout_mesh")
+        if config.lora.rank:
+            raise ConfigError(f"{option}: must be auto or training with lora")
+        if shards and model_config is not None:
+            layouts.given(model_config, layouts.sizes_of(layout), shards, name)
+    elif shards:
+        raise ConfigError(
+            f'{name}.rollout_tensor={shards}: needs rollout_layout="decode"'
+        )
+    has_windows = model_config is not None and model_config.window is not None
+    if config.rollout_cache_parts > 1 and (has_windows or config.decode_batch):
+        raise ConfigError(
+            f"{name}.rollout_cache_parts={config.rollout_cache_parts}: "
+            "must be 1 with window layers or a decode_batch"
+        )
+    if config.rollout_int8 != "none":
+        _validate_int8(config, model_config)
+
+
+def _validate_int8(
+    config: PolicyConfig, model_config: TransformerConfig | None
+) -> None:
+    """Validates rollouts in int8. Raises ConfigError."""
+    option = f"{config.stage}.rollout_int8={config.rollout_int8!r}"
+    if config.behavior_logprobs != "sampler":
+        raise ConfigError(
+            f'{option}: needs behavior_logprobs="sampler", '
+            "the log-probabilities of the weights that sampled"
+        )
+    if config.rollout_mesh is not None:
+        raise ConfigError(f'{option}: must be "none" with a rollout_mesh')
+    if config.rollout_int8 != "all":
+        return
+    if config.lora.rank or (model_config is not None and model_config.n_experts):
+        raise ConfigError(
+            f'{option}: must be "none" or "cache" with lora or a mixture of experts'
+        )
 
 
 def _validate_batches(config: PolicyConfig, layout: Layout) -> None:
@@ -356,6 +431,7 @@ def _validate_batches(config: PolicyConfig, layout: Layout) -> None:
     if config.ptx.coefficient:
         sequences = config.episodes * config.ptx.ratio
         rows_per_stream(sequences, config.ptx.data_shards, f"{name}.ptx")
+        validate_sources(config.ptx.sources, f"{name}.ptx.sources")
 
 
 def _validate_kl(config: KLConfig, context: str) -> None:
@@ -388,6 +464,8 @@ def validate_sampling(
             f"or at least the {samples_per_prompt} responses per prompt"
         )
     layout.validate_batch(decode_batch, f"{name}.decode_batch")
+    if isinstance(config, ShapedSamplingConfig) and "" in config.stop:
+        raise ConfigError(f"{name}.stop: a text must not be empty")
     validate_length(
         config.prompt_length + config.max_new_tokens,
         model_config,

@@ -195,7 +195,7 @@ def _add_ptx(
     """
     config = learner.config
     grads, metrics = states.gradients(
-        language_loss(learner.model),
+        language_loss(learner.model, balanced=True),
         params,
         text,
         None,

@@ -12,11 +12,12 @@ from rlhfjax.algos import shaping
 from rlhfjax.data.batches import PromptBatch
 from rlhfjax.metrics import merge
 from rlhfjax.rl.config import PolicyConfig
+from rlhfjax.rl.placement import held_out_placement
 from rlhfjax.rl.prompts import held_out_prompts
-from rlhfjax.rl.rewards import reference_kl
-from rlhfjax.rl.rollout import sample, truncate_responses
+from rlhfjax.rl.rewards import reference_kl, vocabulary_kl
+from rlhfjax.rl.rollout import truncate_responses
 from rlhfjax.rl.task import Task
-from rlhfjax.sampling.config import Sampling
+from rlhfjax.sampling.config import Sampling, end_ids
 from rlhfjax.state import TrainState
 from rlhfjax.streams import HELD_OUT
 from rlhfjax.types import Metrics, PyTree
@@ -29,22 +30,26 @@ def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metri
     """
     held_out = held_out_prompts(config.eval_prompts, task.tokenizer, config)
     policy, sampling = task.policy, Sampling.from_config(config, task.ids)
+    placement = held_out_placement(config, task.layout, policy.model)
     reward = task.on_frozen(task.reward)
 
     sequence_kl = jax.jit(functools.partial(reference_kl, config, policy.model))
     kl_to_reference = task.on_frozen(functools.partial(sequence_kl, task.reference))
 
-    def measure(params: PyTree, batch: PromptBatch, number: int) -> dict[str, Any]:
-        """Returns measurements [b] of the responses to batch `number`."""
+    exact_kl = jax.jit(functools.partial(vocabulary_kl, config, policy.model))
+
+    def measure(
+        params: PyTree, weights: PyTree, batch: PromptBatch, number: int
+    ) -> dict[str, Any]:
+        """Returns measurements [b] of the responses to batch `number`.
+
+        Args:
+          weights: `params` where responses are sampled.
+        """
         prompts = task.layout.put(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), HELD_OUT + number)
-        rollout = sample(
-            policy.model,
-            params,
-            prompts.tokens,
-            prompts.attention_mask,
-            key,
-            sampling=sampling,
+        rollout = placement.sample(
+            weights, prompts.tokens, prompts.attention_mask, key, sampling
         )
         scored = truncate_responses(config, task.ids, rollout)
         rows = (scored.tokens, scored.attention_mask, scored.mask)
@@ -53,20 +58,24 @@ def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metri
             "val_proxy": reward(*rows),
             "val_response_length": rollout.mask.sum(1),
             "val_eos_rate": shaping.has_token(
-                rollout.responses, rollout.mask, task.ids.eos_id
+                rollout.responses, rollout.mask, *end_ids(task.ids)
             ),
             "val_prompts_cut": batch.cut,
         }
+        if config.kl.exact:
+            exact = exact_kl(params, task.reference, rollout)
+            measured["val_kl_exact"] = exact
         if task.gold is not None:
             measured["val_gold"] = task.gold(*rows)
         return measured
 
     def evals(state: TrainState) -> Metrics:
         params = policy.merged(state.params["policy"])
+        weights = placement.place(params)
         total: Metrics = {}
         for i, batch in enumerate(held_out.restart()):
             is_prompt = (batch.index >= 0).astype(np.float32)
-            for name, values in measure(params, batch, i).items():
+            for name, values in measure(params, weights, batch, i).items():
                 values = np.asarray(hosts.whole(values), np.float32)
                 metric = (float((values * is_prompt).sum()), float(is_prompt.sum()))
                 total = merge(total, {name: metric})

@@ -86,8 +86,7 @@ def make_rollout_logprobs(config: PolicyConfig, model: Model) -> Callable[..., A
     """Returns a function (params, rollout) -> log pi [b, r] of its responses."""
 
     def rollout_logprobs(params: PyTree, rollout: Rollout) -> jax.Array:
-        _, logprobs, _ = response_outputs(config, model, params, rollout)
-        return logprobs
+        return response_outputs(config, model, params, rollout).logprobs
 
     return rollout_logprobs
 

@@ -5,8 +5,13 @@ import jax.numpy as jnp
 from rlhfjax.data import loader
 from rlhfjax.data.accepted import accepted, validate_prompt
 from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch, repeat, shapes
-from rlhfjax.data.config import Limited, open_sources, own_shards
-from rlhfjax.data.examples import Prompts
+from rlhfjax.data.config import (
+    Limited,
+    open_mixture,
+    own_shards,
+    validate_without_weight,
+)
+from rlhfjax.data.prompts import Prompts
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -29,6 +34,7 @@ def open_prompts(
     """
     if config.source is None:
         raise ConfigError(f"{option}.source: a value is required")
+    validate_without_weight(config.source, f"{option}.source")
     source = config.source.open()
     if source.kind == "messages":
         takes_all = config.per_conversation == 0
@@ -95,7 +101,7 @@ def policy_batches(
         )
     size = stage.episodes * config.ratio
     text = loader.pretrain_batches(
-        open_sources(config.sources, f"{stage.stage}.ptx.sources"),
+        open_mixture(config.sources, f"{stage.stage}.ptx.sources"),
         tokenizer,
         batch_size=size,
         length=config.length,

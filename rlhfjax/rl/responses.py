@@ -2,22 +2,26 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data import loader
 from rlhfjax.data.batches import repeat
 from rlhfjax.data.sources import Source
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.rl.config import TruncateConfig
-from rlhfjax.rl.rollout import Rollout, sample, truncate_at
+from rlhfjax.rl.placement import job_placement
+from rlhfjax.rl.rollout import Rollout, truncate_at
 from rlhfjax.sampling.config import Sampling
+from rlhfjax.sampling.stop import cut_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Responses(NamedTuple):
         np.ndarray
     )  # [batch_size] into the source; -1 if a prompt only fills the batch
     cut: np.ndarray  # [batch_size] 1 if a prompt lost tokens to fit
+    stopped: np.ndarray  # [batch_size * K] whether a stop text ended the response
 
 
 def sample_responses(
@@ -54,7 +59,8 @@ def sample_responses(
 ) -> Iterator[Responses]:
     """Yields samples_per_prompt responses to each prompt, batch by batch.
 
-    Batch i is sampled with fold_in(key, i), so that the same key gives the same responses.
+    Batch i is sampled with fold_in(key, i), so that the same key gives the same responses. They end
+    before the first text of `sampling.stop`.
     """
     tokenizer = policy.tokenizer
     stop_id = tokenizer.token_id(truncate.token) if truncate.token else None
@@ -65,22 +71,59 @@ def sample_responses(
         batch_size=batching.batch_size,
         length=batching.length,
     )
+    rows = batching.batch_size * sampling.samples_per_prompt
+    placement = job_placement(layout, policy.model, rows, batching.length, sampling)
+    weights = placement.place(policy.params)
     for i, batch in enumerate(batches):
         width = bucket_width(batch.attention_mask, batching.buckets)
         prompts = (batch.tokens[:, -width:], batch.attention_mask[:, -width:])
         tokens, mask = layout.put(repeat(prompts, sampling.samples_per_prompt))
-        rollout = sample(
-            policy.model,
-            policy.params,
-            tokens,
-            mask,
-            jax.random.fold_in(key, i),
-            sampling=sampling,
+        rollout = placement.sample(
+            weights, tokens, mask, jax.random.fold_in(key, i), sampling
         )
         rollout = pad_prompts(rollout, batching.length - width, tokenizer.pad_id)
         if stop_id is not None:
             rollout = truncate_at(rollout, stop_id, truncate.after, tokenizer.pad_id)
-        yield Responses(rollout, batch.index, batch.cut)
+        stopped = np.zeros(len(tokens), bool)
+        if sampling.stop:
+            rollout, stopped = cut_at_stop(rollout, sampling.stop, tokenizer, layout)
+        yield Responses(rollout, batch.index, batch.cut, stopped)
+
+
+def cut_at_stop(
+    rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer, layout: Layout
+) -> tuple[Rollout, np.ndarray]:
+    """Returns the rollout with responses that end before their first stop text.
+
+    Also returns which responses have one, [b].
+
+    See `sampling.stop.cut_ids`. Padding follows. The log-probabilities of a response that was cut
+    are 0, because its last tokens may not have been sampled.
+    """
+    rollout = hosts.whole(rollout)
+    tokens, mask, logprobs = map(
+        np.array, (rollout.responses, rollout.mask, rollout.logprobs)
+    )
+    stopped = np.zeros(len(mask), bool)
+    for i, counts in enumerate(mask > 0):
+        ids = tokens[i][counts].tolist()
+        kept = cut_ids(tokenizer, ids, stop)
+        stopped[i] = kept != ids
+        if stopped[i]:
+            n = min(len(kept), len(counts))
+            tokens[i] = [*kept[:n], *[tokenizer.pad_id] * (len(counts) - n)]
+            mask[i] = np.arange(len(counts)) < n
+            logprobs[i] = 0
+    p = rollout.tokens.shape[1] - mask.shape[1]
+    prompt_mask = rollout.attention_mask[:, :p]
+    response_mask = mask.astype(prompt_mask.dtype)
+    rows = {
+        "tokens": np.concatenate([rollout.tokens[:, :p], tokens], axis=1),
+        "attention_mask": np.concatenate([prompt_mask, response_mask], axis=1),
+        "mask": mask,
+        "logprobs": logprobs,
+    }
+    return Rollout(**layout.put(rows)), stopped
 
 
 def validate_buckets(buckets: int, length: int, stage: str) -> None:

@@ -11,8 +11,13 @@ from rlhfjax.algos import kl, shaping, tamer
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, WHOLE, small
 from rlhfjax.rl.config import HumanConfig, KLConfig, PolicyConfig
-from rlhfjax.rl.rollout import Rollout, TokenIds, response_outputs
-from rlhfjax.sampling.config import SamplingConfig
+from rlhfjax.rl.rollout import (
+    Rollout,
+    TokenIds,
+    response_hidden,
+    response_outputs,
+)
+from rlhfjax.sampling.config import SamplingConfig, end_ids
 from rlhfjax.types import Loss, Metrics, PyTree
 
 
@@ -25,7 +30,7 @@ def shape_rewards(
     """
     mask = rollout.mask
     metrics: Metrics = {}
-    ended = shaping.has_token(rollout.responses, mask, ids.eos_id)
+    ended = shaping.has_token(rollout.responses, mask, *end_ids(ids))
     value = config.missing_eos_value
     if config.missing_eos == "penalty":
         scores = shaping.penalize_missing_eos(scores, ended, penalty=value)
@@ -87,8 +92,29 @@ def reference_kl(
     config: SamplingConfig, model: Model, reference: PyTree, rollout: Rollout
 ) -> Float[Array, "b"]:
     """Returns log pi(y|x) / pi_ref(y|x) per response, nats, given the reference's parameters."""
-    _, ref_logprobs, _ = response_outputs(config, model, reference, rollout)
+    ref_logprobs = response_outputs(config, model, reference, rollout).logprobs
     return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
+
+
+def vocabulary_kl(
+    config: SamplingConfig,
+    model: Model,
+    params: PyTree,
+    reference: PyTree,
+    rollout: Rollout,
+) -> Float[Array, "b"]:
+    """Returns sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)) per response, nats.
+
+    Each term is exact: a sum over the vocabulary at the sampling temperature, in float32. Of a
+    policy's own responses it has the expectation of `reference_kl`, with less variance.
+    """
+    rows = (rollout.tokens, rollout.attention_mask, rollout.mask.shape[1])
+    hidden, _ = response_hidden(model, params, *rows)
+    ref_hidden, _ = response_hidden(model, reference, *rows)
+    per_token = model.vocabulary_kl(
+        params, hidden, reference, ref_hidden, config.temperature
+    )
+    return kl.sequence_kl(per_token, rollout.mask)
 
 
 def kl_loss(config: KLConfig, logprobs: Float[Array, "b r"], batch: Any) -> Loss:

@@ -1,7 +1,6 @@
 """Responses sampled from a policy, as every policy stage, collection and evaluation needs them."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from rlhfjax import state as states
 from rlhfjax.algos.shaping import truncate_mask
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.mesh import Layout, in_use, make_layout
+from rlhfjax.mesh import in_use
+from rlhfjax.models.experts import Routing
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, Program, recording, reshard
+from rlhfjax.programs import ROWS, Program
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 from rlhfjax.sampling.generate import generate
@@ -41,13 +40,19 @@ class TokenIds(NamedTuple):
     eos_id: int
     pad_id: int
     stop_id: int | None = None  # the token of `truncate`, if that is on
+    extra_eos_ids: tuple[int, ...] = ()  # other ids that end a response
 
 
 def find_token_ids(config: PolicyConfig, tokenizer: Tokenizer) -> TokenIds:
     """Returns the ids that a policy stage needs."""
     token = config.truncate.token
     stop_id = tokenizer.token_id(token) if token else None
-    return TokenIds(tokenizer.eos_id, tokenizer.pad_id, stop_id)
+    return TokenIds(
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        stop_id=stop_id,
+        extra_eos_ids=tokenizer.extra_eos_ids,
+    )
 
 
 # ------------------------------------------------------------------ sampling
@@ -113,50 +118,6 @@ sample = Program("rollout", _sample, _rollout_shapes)
 """(model, params, prompts [b, p], attention_mask [b, p], key, *, sampling) -> Rollout."""
 
 
-def make_sampler(
-    config: PolicyConfig, layout: Layout, model: Model, ids: TokenIds
-) -> Callable[..., Rollout]:
-    """Returns a function (params, prompts, attention_mask, key) -> a response to every row.
-
-    With `rollout_mesh` the policy's weights are resharded from devices to devices before every
-    rollout, and the responses come back in the training layout.
-
-    Raises:
-      ConfigError: the devices of that mesh cannot share the rollout's batch.
-    """
-    sampling = Sampling.from_config(config, ids, config.samples_per_prompt)
-
-    def sample_here(
-        params: PyTree, prompts: Any, attention_mask: Any, key: Any
-    ) -> Rollout:
-        return sample(model, params, prompts, attention_mask, key, sampling=sampling)
-
-    if config.rollout_mesh is None:
-        return sample_here
-    devices = list(layout.mesh.devices.flat)
-    rollout_layout = make_layout(config.rollout_mesh, devices)
-    rollout_layout.validate_batch(
-        config.episodes, f"{config.stage}.batch_size, over rollout_mesh,"
-    )
-    axes = model.axes()
-
-    def sample_on_mesh(
-        params: PyTree, prompts: Any, attention_mask: Any, key: Any
-    ) -> Rollout:
-        prompts, attention_mask = reshard(
-            (prompts, attention_mask), rollout_layout.sharding("batch")
-        )
-        params = reshard(params, states.shardings(params, axes, rollout_layout))
-        # A key's array goes to any mesh, but its shape (when recording) belongs to one.
-        if recording():
-            key = reshard(key, rollout_layout.replicated)
-        with rollout_layout.use():
-            rollout = sample_here(params, prompts, attention_mask, key)
-        return reshard(rollout, layout.sharding("batch"))
-
-    return sample_on_mesh
-
-
 # ------------------------------------------------------------------ truncation
 
 
@@ -197,6 +158,15 @@ def truncate_responses(
 # ------------------------------------------------------------------ forward passes
 
 
+class ResponseOutputs(NamedTuple):
+    """What a forward pass over prompts and responses computes."""
+
+    hidden: Float[Array, "b r d"]
+    logprobs: Float[Array, "b r"]  # log pi(y_t | x, y_<t), nats
+    entropy: Float[Array, "b r"]  # nats
+    routing: Routing | None  # of a mixture of experts
+
+
 def response_hidden(
     model: Model,
     params: PyTree,
@@ -204,19 +174,22 @@ def response_hidden(
     attention_mask: Int[Array, "b p_r"],
     r: int,
     key: Key[Array, ""] | None = None,
-) -> Float[Array, "b r d"]:
+) -> tuple[Float[Array, "b r d"], Routing | None]:
     """Returns the hidden states at the position *before* each of the r response tokens.
 
-    They predict the token, and they are the state that a value function values.
+    They predict the token, and they are the state that a value function values. The second result
+    is the routing of a mixture of experts.
     """
-    hidden = model.hidden(params, tokens, segment_ids=attention_mask, key=key)
-    return hidden[:, -r - 1 : -1]
+    hidden, routing = model.hidden_and_routing(
+        params, tokens, segment_ids=attention_mask, key=key
+    )
+    return hidden[:, -r - 1 : -1], routing
 
 
 def response_outputs(
     config: SamplingConfig, model: Model, params: PyTree, batch: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns hidden states [b, r, d], log pi [b, r] and entropy [b, r] of a batch's responses.
+) -> ResponseOutputs:
+    """Returns hidden states, log-probabilities and entropy of a batch's responses.
 
     Log-probabilities are at the sampling temperature, as those of the sampler are.
 
@@ -224,10 +197,12 @@ def response_outputs(
       batch: a Rollout or a minibatch, with tokens, attention_mask and mask.
     """
     r = batch.mask.shape[1]
-    hidden = response_hidden(model, params, batch.tokens, batch.attention_mask, r)
+    hidden, routing = response_hidden(
+        model, params, batch.tokens, batch.attention_mask, r
+    )
     responses = batch.tokens[:, -r:]
     logprobs, entropy = model.logprobs(params, hidden, responses, config.temperature)
-    return hidden, logprobs, entropy
+    return ResponseOutputs(hidden, logprobs, entropy, routing)
 
 
 def response_logprobs(
@@ -239,5 +214,5 @@ def response_logprobs(
     temperature: float,
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"]]:
     """Returns log pi(y_t | x, y_<t) and the entropy per response token, nats, at a temperature."""
-    hidden = response_hidden(model, params, tokens, attention_mask, r)
+    hidden, _ = response_hidden(model, params, tokens, attention_mask, r)
     return model.logprobs(params, hidden, tokens[:, -r:], temperature)

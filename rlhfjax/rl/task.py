@@ -1,18 +1,22 @@
 """The models of a policy stage: the policy, its reference, and what scores its responses."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
-from rlhfjax.programs import on_mesh
+from rlhfjax.programs import Program, on_mesh
 from rlhfjax.rewards.load import RewardSource, load_reward
 from rlhfjax.rewards.responses import Reward, score
-from rlhfjax.rl.config import PolicyConfig
+from rlhfjax.rl.config import EXACT_KL, PolicyConfig
 from rlhfjax.rl.iteration import ForwardOutputs, Programs
-from rlhfjax.rl.rewards import add_human_reward
+from rlhfjax.rl.rewards import add_human_reward, vocabulary_kl
 from rlhfjax.rl.rollout import Rollout, TokenIds, find_token_ids
 from rlhfjax.rl.samples import StepSamples
 from rlhfjax.roles import Loaded, Models, Roles, Sources
@@ -51,6 +55,27 @@ class Task(NamedTuple):
             return outputs._replace(ref_logprobs=ref_logprobs(rollout))
 
         return forward
+
+    def make_exact_kl(
+        self, config: PolicyConfig
+    ) -> Callable[[PyTree, Rollout], Metrics]:
+        """Returns a function (policy's parameters, rollout) -> the metric kl_exact.
+
+        It is the mean over responses of `rl.rewards.vocabulary_kl`, in nats per response; without
+        the option the function returns no metric. With one_step_off the responses are those of the
+        previous policy.
+        """
+        if not config.kl.exact:
+            return lambda params, rollout: {}
+        model = self.policy.model
+
+        @jax.jit
+        def measure(params: PyTree, reference: PyTree, rollout: Rollout) -> Metrics:
+            exact = vocabulary_kl(config, model, params, reference, rollout)
+            return {"kl_exact": (exact.sum(), jnp.float32(exact.shape[0]))}
+
+        program = Program(EXACT_KL, measure)
+        return lambda params, rollout: program(params, self.reference, rollout)
 
     def score(
         self, config: PolicyConfig, rollout: Rollout, step: Any
@@ -109,6 +134,9 @@ def open_task(
             f"{config.stage}.init_from={config.init_from}: "
             f"a policy is needed, this model has a {policy.source_head} head"
         )
+    # Sampler, trainer and reference are distributions over the same ids.
+    model = policy.model.restricted(tokenizer.vocab_size)
+    policy = dataclasses.replace(policy, model=model)
     if frozen_layout is not None:
         frozen_layout.validate_batch(
             config.episodes,

@@ -1,10 +1,13 @@
-"""From logits to a token: temperature, top-k, top-p, min-p and a draw by inverse CDF."""
+"""From logits to a token, by a draw from the inverse CDF.
+
+Before it come the repetition penalty, temperature, top-k, top-p and min-p.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.mesh import constrain, shards
 from rlhfjax.sampling.config import Sampling
@@ -14,14 +17,22 @@ BLOCK = 64  # tokens per block of the two-level inverse CDF
 
 
 def choose(
-    logits: Float[Array, "b v"], u: Float[Array, " b"], sampling: Sampling
+    logits: Float[Array, "b v"],
+    u: Float[Array, " b"],
+    sampling: Sampling,
+    seen: Bool[Array, "b v"] | None = None,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """Draws a token per row and returns it with its logprob.
 
-    The logprob is under the distribution drawn from: temperature, then top-k, then top-p,
-    then min-p. Temperature 0 takes the most likely token (the first of equals), with its logprob at
-    temperature 1.
+    The logprob is under the distribution drawn from: the repetition penalty, then temperature, then
+    top-k, then top-p, then min-p. Temperature 0 takes the most likely token (the first of equals),
+    with its logprob at temperature 1.
+
+    Args:
+      seen: ids that came before, which the repetition penalty needs; None if it is off.
     """
+    if seen is not None:
+        logits = penalize_seen(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         token = logits.argmax(1).astype(jnp.int32)
     else:
@@ -33,6 +44,50 @@ def choose(
     log_normalizer = jax.nn.logsumexp(logits, axis=1)
     logprob = picked - log_normalizer
     return token, logprob
+
+
+def penalize_seen(
+    logits: Float[Array, "b v"], seen: Bool[Array, "b v"], penalty: float
+) -> Float[Array, "b v"]:
+    """Divides the positive logits of seen tokens by the penalty and multiplies negative ones.
+
+    A penalty above 1 makes these tokens less likely, whatever the sign of their logits.
+
+    Source: Keskar et al. 2019 (CTRL), section 4.1, which divides negative logits too; multiplied as
+    in transformers' RepetitionPenaltyLogitsProcessor.
+    """
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, penalized, logits)
+
+
+def none_seen(sampling: Sampling, n: int, vocab_size: int) -> Bool[Array, "n v"] | None:
+    """Returns that no row has seen an id; None if the repetition penalty is off."""
+    if sampling.repetition_penalty == 1:
+        return None
+    return jnp.zeros((n, vocab_size), bool)
+
+
+def seen_in(
+    sampling: Sampling,
+    tokens: Int[Array, "b p"],
+    attention_mask: Int[Array, "b p"],
+    vocab_size: int,
+) -> Bool[Array, "b v"] | None:
+    """Returns which ids each prompt has; None if the repetition penalty is off."""
+    none = none_seen(sampling, tokens.shape[0], vocab_size)
+    if none is None:
+        return None
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return constrain(none.at[rows, tokens].max(attention_mask > 0), ("batch", "vocab"))
+
+
+def also_seen(
+    seen: Bool[Array, "b v"] | None, token: Int[Array, " b"]
+) -> Bool[Array, "b v"] | None:
+    """Returns which ids each row has, one token later."""
+    if seen is None:
+        return None
+    return seen.at[jnp.arange(token.shape[0]), token].set(True)
 
 
 def keep_top_k(logits: Float[Array, "b v"], top_k: int) -> Float[Array, "b v"]:

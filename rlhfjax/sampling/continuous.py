@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.algos.shaping import is_any
 from rlhfjax.models.transformer import Cache, Model
-from rlhfjax.sampling.choose import choose
-from rlhfjax.sampling.config import Sampling
+from rlhfjax.sampling.choose import also_seen, choose, none_seen, seen_in
+from rlhfjax.sampling.config import Sampling, end_ids
 from rlhfjax.sampling.samples import Samples
 
 
@@ -34,6 +35,7 @@ class _State(NamedTuple):
     token: Int[Array, " k"]  # the last of these tokens
     cache: Cache
     samples: Samples  # [n, r]
+    seen: Bool[Array, "k v"] | None  # ids of each lane's row; None without penalty
 
 
 def continuous(
@@ -51,21 +53,25 @@ def continuous(
     """
     (b, p), (r, n) = tokens.shape, u.shape
     samples_per_prompt = sampling.samples_per_prompt
-    ring = p + r - 1
+    ring, vocab_size = p + r - 1, model.config.vocab_size
     group = refill_size(sampling.decode_batch, samples_per_prompt)
+    params = model.for_decoding(params, sampling.decode_batch)
     lengths = (attention_mask > 0).sum(1, dtype=jnp.int32)
     lengths = jnp.repeat(lengths, samples_per_prompt)
 
-    def draw(hidden, row, step, samples):
+    ends = end_ids(sampling)
+
+    def draw(hidden, row, step, samples, seen):
         """Draws and stores token number `step` of each row; a row that it ends becomes n."""
-        logits = model.logits(params, hidden)
-        token, logprob = choose(logits, u.at[step, row].get(mode="clip"), sampling)
+        logits = model.sampling_logits(params, hidden)
+        u_drawn = u.at[step, row].get(mode="clip")
+        token, logprob = choose(logits, u_drawn, sampling, seen)
         new = Samples(tokens=token, mask=jnp.ones_like(logprob), logprobs=logprob)
         samples = jax.tree.map(
             lambda x, y: x.at[row, step].set(y, mode="drop"), samples, new
         )
-        ended = (token == sampling.eos_id) | (step == r - 1)
-        return token, jnp.where(ended, n, row), samples
+        ended = is_any(token, ends) | (step == r - 1)
+        return token, jnp.where(ended, n, row), samples, also_seen(seen, token)
 
     def can_refill(s: _State):
         return (s.next_row < n) & ((s.row == n).sum() >= group)
@@ -79,14 +85,17 @@ def continuous(
         rows = s.next_row + jnp.arange(group)
         prompts = jnp.minimum(rows[::samples_per_prompt] // samples_per_prompt, b - 1)
         cache = model.init_cache(group // samples_per_prompt, ring)
-        hidden, cache = model.prefill(
-            params, tokens[prompts], attention_mask[prompts], cache
-        )
-        hidden, cache = repeat((hidden, cache), samples_per_prompt)
-        token, rows, samples = draw(hidden, rows, jnp.zeros_like(rows), s.samples)
+        group_tokens, group_mask = tokens[prompts], attention_mask[prompts]
+        hidden, cache = model.prefill(params, group_tokens, group_mask, cache)
+        seen = seen_in(sampling, group_tokens, group_mask, vocab_size)
+        hidden, cache, seen = repeat((hidden, cache, seen), samples_per_prompt)
+        first = jnp.zeros_like(rows)
+        token, rows, samples, seen = draw(hidden, rows, first, s.samples, seen)
+        if s.seen is not None:
+            seen = s.seen.at[lanes].set(seen)
         # Rows past the last one leave their lanes free.
         rows = jnp.where(rows < n, rows, n)
-        cache = _write_lanes(s.cache, cache, lanes, s.decode_steps % ring)
+        cache = _write_lanes(s.cache, cache, lanes, s.decode_steps)
         step = jnp.ones_like(rows)
         return s._replace(
             row=s.row.at[lanes].set(rows),
@@ -95,14 +104,17 @@ def continuous(
             next_row=s.next_row + group,
             cache=cache,
             samples=samples,
+            seen=seen,
         )
 
     def decode(s: _State) -> _State:
         """Runs one decode step: each lane takes its last token in and draws the next one."""
         position = lengths.at[s.row].get(mode="clip") + s.step - 1
-        place = (p + s.decode_steps) % ring
-        hidden, cache = model.decode(params, s.token, position, place, s.cache)
-        token, row, samples = draw(hidden, s.row, s.step, s.samples)
+        count = p + s.decode_steps
+        hidden, cache = model.decode(
+            params, s.token, position, count % ring, s.cache, count
+        )
+        token, row, samples, seen = draw(hidden, s.row, s.step, s.samples, s.seen)
         return _State(
             decode_steps=s.decode_steps + 1,
             next_row=s.next_row,
@@ -111,6 +123,7 @@ def continuous(
             token=token,
             cache=cache,
             samples=samples,
+            seen=seen,
         )
 
     def refill_and_decode(s: _State) -> _State:
@@ -130,6 +143,7 @@ def continuous(
         token=jnp.zeros_like(free),
         cache=model.init_cache(sampling.decode_batch, ring),
         samples=samples,
+        seen=none_seen(sampling, sampling.decode_batch, vocab_size),
     )
     end = jax.lax.while_loop(
         lambda s: is_decoding(s) | (s.next_row < n), refill_and_decode, start
@@ -155,11 +169,19 @@ def repeat(tree: Any, samples_per_prompt: int) -> Any:
 def _write_lanes(
     cache: Cache, new: Cache, lanes: Int[Array, " m"], shift: Int[Array, ""]
 ) -> Cache:
-    """Returns the cache with the rings of some lanes replaced by new ones, shifted."""
+    """Returns the cache with the rings of some lanes replaced by new ones, shifted.
+
+    The ring of a window layer is shorter than the others.
+    """
 
     def write(axis, old, new):
-        return old.at[lanes].set(jnp.roll(new, shift, axis), unique_indices=True)
+        new = jnp.roll(new, shift % new.shape[axis], axis)
+        return old.at[lanes].set(new, unique_indices=True)
 
-    keys_and_values = functools.partial(write, 2)
-    k, v = jax.tree.map(keys_and_values, (cache.k, cache.v), (new.k, new.v))
-    return Cache(k, v, write(1, cache.valid, new.valid))
+    k, v = jax.tree.map(functools.partial(write, 2), (cache.k, cache.v), (new.k, new.v))
+    valid, window_valid = jax.tree.map(
+        functools.partial(write, 1),
+        (cache.valid, cache.window_valid),
+        (new.valid, new.window_valid),
+    )
+    return Cache(k, v, valid, window_valid)

@@ -31,6 +31,7 @@ from rlhfjax import renamed, user_code
 from rlhfjax.arguments import did_you_mean
 from rlhfjax.config import defaults
 from rlhfjax.errors import ConfigError, UserError
+from rlhfjax.json_text import named, shown
 
 
 def names() -> list[str]:
@@ -45,13 +46,13 @@ def find(name: Any) -> ModuleType:
       ConfigError: there is no stage of that name.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"stage={name!r}: expected the name of a stage")
+        raise ConfigError(f"stage={shown(name)}: expected the name of a stage")
     if ":" in name:
         return _outside(name)
     if name not in names():
         known = ", ".join(names())
         raise ConfigError(
-            f"stage {name!r} is unknown{renamed.hint(name, renamed.STAGES)};"
+            f"stage {shown(name)} is unknown{renamed.hint(name, renamed.STAGES)};"
             f" known: {known}, or package.module:Config of your own"
             f"{did_you_mean(name, names())}"
         )
@@ -61,10 +62,12 @@ def find(name: Any) -> ModuleType:
 def _outside(name: str) -> ModuleType:
     """Returns the module of a stage outside of this package."""
     module, _ = user_code.split(name, "stage", user_code.STAGE)
-    outside = user_code.load_module(module, f"stage {name!r}", user_code.STAGE)
+    outside = user_code.load_module(
+        module, f"stage {shown(name, 200)}", user_code.STAGE
+    )
     if not (hasattr(outside, "build") or hasattr(outside, "run")):
         raise ConfigError(
-            f"stage {name!r}: {module} has neither build nor run;"
+            f"stage {shown(name, 200)}: {named(module, 200)} has neither build nor run;"
             " see rlhfjax/stages/__init__.py"
         )
     return outside

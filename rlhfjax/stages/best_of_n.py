@@ -4,7 +4,7 @@ A pool of N responses to every held-out prompt gives, for n = 1, 2, 4 .. N, the 
 both rewards of the response that the proxy likes best (Nakano et al. 2021, appendix I), against
 KL = log n - (n - 1) / n.
 
-metrics.jsonl   one line per n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut}
+metrics.jsonl   one line per n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut, …}
 scores.jsonl    one line per prompt: proxy, gold and length of every response, to recompute it all
 samples.jsonl   one line per prompt: the best response of its pool, and a plain sample
 """
@@ -27,19 +27,23 @@ from rlhfjax.algos.best_of_n import (
 )
 from rlhfjax.data import loader
 from rlhfjax.data.batches import PromptBatch, take
+from rlhfjax.data.counted import data_metrics
+from rlhfjax.data.sources import Source
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Progress, Writer
+from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.progress import Progress
 from rlhfjax.ranges import PositiveTemperature, Seed, Size
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import Reward, texts
 from rlhfjax.rl.config import PromptConfig, sampling_workload, validate_sampling
+from rlhfjax.rl.placement import job_placement
 from rlhfjax.rl.prompts import open_prompts
-from rlhfjax.rl.rollout import Rollout, sample
+from rlhfjax.rl.rollout import Rollout
 from rlhfjax.roles import Role, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 from rlhfjax.stages.evaluate import SAMPLES, sample_rows
@@ -102,8 +106,11 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     rewards = {"proxy": load_reward(config.proxy, layout, policy.tokenizer)}
     if config.gold:
         rewards["gold"] = load_reward(config.gold, layout, policy.tokenizer)
+    source = open_prompts(
+        config.prompts, "best_of_n.prompts", policy.tokenizer, config.seed
+    )
     with layout.use():
-        prompts, responses, pool = _pools(config, policy, rewards, layout)
+        prompts, responses, pool = _pools(config, source, policy, rewards, layout)
     for name in rewards:
         context = f"best_of_n.{name}={label(getattr(config, name))}"
         stats.validate_scores(pool[name], context)
@@ -121,6 +128,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             point = curve_point(pool, n)
             point["prompts_cut"] = float(pool["cut"].mean())
             metrics = {f"best_of_n/{name}": value for name, value in point.items()}
+            metrics |= data_metrics(source, "best_of_n")
             writer.write(n, metrics)
     return metrics
 
@@ -175,14 +183,12 @@ def pool_kl(
 
 def _pools(
     config: Config,
+    source: Source,
     policy: store.SavedModel,
     rewards: dict[str, Reward],
     layout: Layout,
 ) -> tuple[list[str], list[list[str]], Pool]:
     """Returns the texts of prompts [p] and of their responses [p][N], and the pools."""
-    source = open_prompts(
-        config.prompts, "best_of_n.prompts", policy.tokenizer, config.seed
-    )
     encoded = next(
         loader.prompt_batches(
             source,
@@ -236,18 +242,18 @@ def _rollouts(
     """Yields batches of responses, and how many of their rows count; row i N + j is of prompt i."""
     k = _samples_per_prompt(config)
     sampling = Sampling.from_config(config, policy.tokenizer, k)
+    placement = job_placement(
+        layout, policy.model, config.batch_size, config.prompt_length, sampling
+    )
+    weights = placement.place(policy.params)
     for i, first in enumerate(range(0, total, config.batch_size)):
         rows = np.arange(first, first + config.batch_size)
         # Rows past the last one only fill the batch.
         of_prompt = np.minimum(rows, total - 1) // config.pool
         batch = layout.put(take(prompts, of_prompt))
-        rollout = sample(
-            policy.model,
-            policy.params,
-            batch.tokens,
-            batch.attention_mask,
-            jax.random.fold_in(jax.random.key(config.seed), i),
-            sampling=sampling,
+        key = jax.random.fold_in(jax.random.key(config.seed), i)
+        rollout = placement.sample(
+            weights, batch.tokens, batch.attention_mask, key, sampling
         )
         yield rollout, min(config.batch_size, total - first)
 

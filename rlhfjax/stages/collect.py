@@ -12,13 +12,16 @@ import jax
 import numpy as np
 
 from rlhfjax import hosts
+from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.preferences import write_preferences
+from rlhfjax.data.sources import Source
 from rlhfjax.errors import DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Progress, Writer, finalize
+from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.progress import Progress
 from rlhfjax.ranges import Seed, Several, Size, Tokens
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labelers import Answers, Labeler, make_answers
@@ -39,13 +42,13 @@ from rlhfjax.rl.responses import (
     validate_buckets,
 )
 from rlhfjax.roles import Role, Workload, scorers
-from rlhfjax.sampling.config import Sampling, SamplingConfig
+from rlhfjax.sampling.config import Sampling, ShapedSamplingConfig
 
 FOLDER = "preferences"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(SamplingConfig):
+class Config(ShapedSamplingConfig):
     """The options of collection. `truncate` cuts responses; one without the token stays whole."""
 
     stage: str = "collect"
@@ -113,18 +116,22 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     labelers = [load_labeler(name, layout, policy.tokenizer) for name in names]
     prompts = {"train": config.prompts, "validation": config.eval_prompts}
     key = jax.random.key(config.seed)
-    splits = {}
+    splits, counts = {}, {}
     with layout.use():
         for i, (split, prompt_config) in enumerate(prompts.items()):
             split_key = jax.random.fold_in(key, i)
-            splits[split] = _labeled_rows(
-                config, prompt_config, policy, labelers, split_key, layout
+            source = open_prompts(
+                prompt_config, "collect.prompts", policy.tokenizer, config.seed
             )
+            splits[split] = _labeled_rows(
+                config, source, policy, labelers, split_key, layout
+            )
+            counts[split] = data_metrics(source, "collect")
     labeler_name = label(config.labeler)
     hosts.share(
         lambda: write_preferences(workdir / FOLDER, splits, labeler=labeler_name)
     )
-    metrics = _describe(splits["train"])
+    metrics = _describe(splits["train"]) | counts["train"]
     for labeler in labelers:
         labeler_metrics = getattr(labeler, "metrics", None)
         if labeler_metrics is not None:
@@ -141,7 +148,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 
 def _labeled_rows(
     config: Config,
-    prompts: PromptConfig,
+    source: Source,
     policy: store.SavedModel,
     labelers: list[Labeler],
     key: jax.Array,
@@ -149,7 +156,6 @@ def _labeled_rows(
 ) -> list[dict[str, Any]]:
     """Returns the rows of a split: prompts with their responses and labels."""
     k, tokenizer = config.samples_per_prompt, policy.tokenizer
-    source = open_prompts(prompts, "collect.prompts", tokenizer, config.seed)
     sampling = Sampling.from_config(config, tokenizer, k)
     batching = PromptBatching(
         batch_size=config.batch_size,
@@ -162,7 +168,7 @@ def _labeled_rows(
     rows = []
     with Progress(len(source), "prompts", title="collect") as progress:
         for batch in batches:
-            rollout, index, _ = batch
+            rollout, index = batch.rollout, batch.index
             answers = make_answers(
                 rollout.tokens, rollout.attention_mask, rollout.mask, k, tokenizer
             )

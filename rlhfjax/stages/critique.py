@@ -16,6 +16,7 @@ from typing import Any
 from rlhfjax import paths
 from rlhfjax.data import chat
 from rlhfjax.data.accepted import accepted
+from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.rows import Row, opening, split_of
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
@@ -137,6 +138,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         drafts.append(_say(config, critic, questions, 2 * number + 2))
     metrics = _write(config, workdir, prompts, drafts, critiques)
     metrics["critique/prompts_cut"] = len(cut) / len(prompts)
+    metrics |= data_metrics(source, "critique")
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics

@@ -1,7 +1,7 @@
 """Direct preference optimization: a policy from ranked completions, without a reward model.
 
-DPO, cDPO, IPO, KTO, ORPO and SimPO differ by `loss.name` alone; see `rewards/direct.py`. DPO
-(Rafailov et al. 2023, eq. 7), with the frozen reference rho:
+DPO and its variants, IPO, KTO, ORPO and SimPO differ by `loss.name` alone; see
+`rewards/direct.py`. DPO (Rafailov et al. 2023, eq. 7), with the frozen reference rho:
 
 loss = -log sigmoid(beta [log pi/rho (y_w | x) - log pi/rho (y_l | x)])
 
@@ -21,23 +21,26 @@ from rlhfjax import hosts
 from rlhfjax.algos.direct import kto_kl
 from rlhfjax.data.accepted import accepted, validate_preference
 from rlhfjax.data.batches import DirectBatch, concatenate, shapes, take
-from rlhfjax.data.config import open_preferences, own_shards
+from rlhfjax.data.config import Preferences, open_preferences, own_shards
 from rlhfjax.data.loader import BatchStream, Joined, preference_batches
 from rlhfjax.data.mismatched import Mismatched
+from rlhfjax.data.mixture import mixed_like
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.data.unpaired import DESIRABLE_ABOVE
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import add_balance
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, small
 from rlhfjax.ranges import Size, Tokens
 from rlhfjax.rewards.direct import (
     LossConfig,
-    completion_logprobs,
     completions_of,
     implicit_rewards,
+    logprobs_and_routing,
     logprobs_in_microbatches,
     make_loss,
 )
@@ -59,6 +62,7 @@ from rlhfjax.supervised import (
 )
 from rlhfjax.types import Loss, Metrics, PyTree
 
+KINDS = ("preferences", "unpaired")  # of rows; unpaired ones are for KTO
 REFERENCE = "reference"  # name of a role, and of the program that scores with it
 
 
@@ -68,8 +72,8 @@ class Config(StreamConfig):
 
     stage: str = "direct"
     """Name of the stage."""
-    preferences: tuple[str, ...] = ()
-    """Folders that `collect` wrote, or `jsonl:` globs."""
+    preferences: Preferences = ()
+    """Folders that `collect` wrote, specs, or sources with options."""
     length: Tokens
     """Tokens of prompt and response; the prompt keeps at most half of them where both are long."""
     batch_size: Size
@@ -123,6 +127,7 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     validate_streams(config, layout, model_config)
+    with_threshold(config)
     name = config.loss.name
     if config.loss.needs_reference:
         if config.init_from is None and config.reference is None:
@@ -133,7 +138,28 @@ def validate(
         raise ConfigError(f"direct.reference: {name} has no reference")
 
 
+def with_threshold(config: Config) -> Config:
+    """Returns the config with the threshold between desirable and undesirable unpaired responses.
+
+    Raises:
+      ConfigError: responses without a pair, and a loss that needs pairs.
+    """
+    kinds = [getattr(entry, "kind", None) for entry in config.preferences]
+    if "unpaired" not in kinds:
+        return config
+    if config.loss.name != "kto":
+        raise ConfigError(
+            f'direct.loss.name="{config.loss.name}": it learns from pairs; expected "kto" for'
+            " preferences of kind unpaired"
+        )
+    if config.loss.desirable_above is not None:
+        return config
+    loss = dataclasses.replace(config.loss, desirable_above=DESIRABLE_ABOVE)
+    return dataclasses.replace(config, loss=loss)
+
+
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    config = with_threshold(config)
     models = Models(config.stage, roles(config), layout, sources)
     loaded, tokenizer = load_trained(config, models)
     model = loaded.model
@@ -155,8 +181,10 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         return train(state, batch, key)
 
     def open_data() -> Data:
-        rows = open_preferences(config.preferences, "train", "direct")
-        held_out = open_preferences(config.preferences, "validation", "direct")
+        open_split = functools.partial(
+            open_preferences, config.preferences, stage="direct", kinds=KINDS
+        )
+        rows, held_out = open_split("train"), open_split("validation")
         batches_of = functools.partial(direct_batches, config, tokenizer)
         shards = own_shards(config.data_shards, config.batch_size, layout)
         batches = batches_of(rows, train=True, shards=shards)
@@ -194,9 +222,10 @@ def direct_loss(model: Model, config: LossConfig) -> LossFunction:
 
     def of_batch(params: PyTree, batch: DirectBatch, key: jax.Array | None) -> Loss:
         key = key if model.drops else None
-        total, mean = completion_logprobs(model, params, batch, key)
+        total, mean, routing = logprobs_and_routing(model, params, batch, key)
         scalar, metrics = loss(completions_of(batch, total, mean))
-        return scalar, {**metrics, **truncation_metrics(batch)}
+        metrics = {**metrics, **truncation_metrics(batch)}
+        return add_balance(model.config, (scalar, metrics), routing)
 
     return of_batch
 
@@ -245,7 +274,10 @@ def direct_batches(
     )
     streams = {"": batches_of(source)}
     if config.loss.name == "kto":
-        streams["mismatched/"] = batches_of(Mismatched(source, tokenizer))
+        others = Mismatched(source, tokenizer)
+        streams["mismatched/"] = batches_of(
+            mixed_like(source, others), k=others.most_completions
+        )
     return Joined(DirectBatch.of, streams)
 
 

@@ -13,7 +13,8 @@ chat_loss_MODEL, text_loss_MODEL nats per token on held-out data, with `tax`
 
 Without a gold reward the proxy alone decides, and without either there is no win rate. At
 temperature 0 there is no `kl`: greedy responses are no samples of the policy, and no average over
-them is a KL. A score that is NaN or infinite is an error.
+them is a KL. The same holds with min_p, a repetition penalty or stop. A score that is NaN or
+infinite is an error.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ import numpy as np
 from rlhfjax import hosts
 from rlhfjax.data import loader
 from rlhfjax.data.config import SourceConfig, open_sources
+from rlhfjax.data.counted import data_metrics
+from rlhfjax.data.sources import Source
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.evals.length import length_controlled_win_rate
@@ -36,10 +39,11 @@ from rlhfjax.evals.text import distinct_n
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Progress, Writer, finalize
+from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
+from rlhfjax.progress import Progress
 from rlhfjax.ranges import Count, Seed, Size, Tokens, TokensOrNone
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import texts
@@ -53,7 +57,7 @@ from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.responses import PromptBatching, sample_responses, validate_buckets
 from rlhfjax.rl.rewards import reference_kl
 from rlhfjax.roles import Role, Workload, scorers
-from rlhfjax.sampling.config import Sampling, SamplingConfig
+from rlhfjax.sampling.config import Sampling, ShapedSamplingConfig, end_ids
 from rlhfjax.supervised import (
     held_out_loss,
     language_loss,
@@ -89,7 +93,7 @@ class TaxConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(SamplingConfig):
+class Config(ShapedSamplingConfig):
     """The options of evaluation."""
 
     stage: str = "evaluate"
@@ -125,9 +129,14 @@ def roles(config: Config) -> dict[str, Role]:
 def workload(config: Config, completions: int = 1) -> Workload:
     """Returns what a batch computes. Both models respond to its prompts."""
     passes = [("score", "gold"), ("score", "proxy")]
-    if config.temperature:
+    if _measures_kl(config):
         passes.append(("kl", "baseline"))
     return sampling_workload(config, 2, passes)
+
+
+def _measures_kl(config: Config) -> bool:
+    """Returns whether responses are samples of the policy's own distribution."""
+    return config.temperature > 0 and not config.is_shaped
 
 
 def batches(config: Config) -> int | None:
@@ -165,10 +174,11 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         for name in SCORES
         if (source := getattr(config, name))
     }
+    prompts = open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed)
     with layout.use():
         results = {
             name: _measure(
-                config, name, models[name], models["baseline"], rewards, layout
+                config, name, models[name], models["baseline"], rewards, prompts, layout
             )
             for name in COMPARED
         }
@@ -177,7 +187,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         source = label(getattr(config, reward))
         context = f"evaluate.{reward}={source}, responses of the {model}"
         stats.validate_scores(results[model][reward], context)
-    metrics = summarize(results) | losses
+    metrics = summarize(results) | losses | data_metrics(prompts, "evaluate")
     policy = results["policy"]
     rows = sample_rows(policy["prompt"], policy, results["baseline"])
     write_jsonl(workdir / SAMPLES, rows)
@@ -192,11 +202,11 @@ def _measure(
     saved: store.SavedModel,
     reference: store.SavedModel,
     rewards: dict[str, Any],
+    source: Source,
     layout: Layout,
 ) -> dict[str, Any]:
     """Returns texts, scores, KL and lengths of one model's responses, per prompt."""
     tokenizer = saved.tokenizer
-    source = open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed)
     batches = sample_responses(
         source,
         saved,
@@ -212,10 +222,10 @@ def _measure(
     log.info("evaluate: sampling and scoring the responses of the %s", name)
     results: dict[str, list] = {}
     with Progress(len(source), "prompts", title=f"evaluate {name}") as progress:
-        for rollout, index, cut in batches:
+        for rollout, index, cut, stopped in batches:
             rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
             measured = {name: reward(*rows) for name, reward in rewards.items()}
-            if config.temperature > 0:
+            if _measures_kl(config):
                 measured["kl"] = reference_kl(
                     config, reference.model, reference.params, rollout
                 )
@@ -223,8 +233,9 @@ def _measure(
             measured["prompt"], measured["response"] = texts(
                 tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
             )
-            is_eos = (rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)
-            measured["ended"] = is_eos.any(axis=1)
+            is_eos = np.isin(rollout.responses, end_ids(tokenizer))
+            ended = (is_eos & (rollout.mask > 0)).any(axis=1)
+            measured["ended"] = ended | stopped
             measured["length"] = rollout.mask.sum(1)
             measured["cut"] = cut
             is_prompt = np.flatnonzero(index >= 0)
@@ -270,6 +281,8 @@ def held_out_losses(
             total = sum_metrics(batches.restart(), of_batch, layout, tax.batches)
             means = finalize(total)
             losses[f"evaluate/{kind}_loss_{name}"] = means["val_loss"]
+            if "val_examples_cut" in means:  # the same of every model
+                losses[f"evaluate/{kind}_examples_cut"] = means["val_examples_cut"]
             per_byte = means["val_nats_per_byte"]
             losses[f"evaluate/{kind}_nats_per_byte_{name}"] = per_byte
     return losses

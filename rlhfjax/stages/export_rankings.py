@@ -6,7 +6,7 @@ workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeler", "time"
 
 import dataclasses
 
-from rlhfjax.data.config import open_preferences
+from rlhfjax.data.config import Preferences, open_preferences
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
@@ -24,8 +24,8 @@ class Config:
 
     stage: str = "export_rankings"
     """Name of the stage."""
-    preferences: tuple[str, ...] = ()
-    """folders that `collect` wrote, or jsonl: globs"""
+    preferences: Preferences = ()
+    """folders that `collect` wrote, specs, or sources with options"""
     splits: tuple[str, ...] = ("train", "validation")
     """splits to export, at least one"""
     time: str = ""

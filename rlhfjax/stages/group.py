@@ -24,6 +24,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import add_balance
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
 from rlhfjax.ranges import Positive, PositiveCount, ShareBelow1, Size, TokensOrNone
@@ -45,13 +46,13 @@ from rlhfjax.rl.iteration import (
     store_next_rollout,
     stream_key,
 )
+from rlhfjax.rl.placement import make_sampler
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
     Rollout,
     TokenIds,
-    make_sampler,
     response_outputs,
     truncate_responses,
 )
@@ -235,6 +236,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     jitted = programs(config, model, task.ids)
     sampler = make_sampler(config, layout, model, task.ids)
     forward = task.make_forward(jitted)
+    exact_kl = task.make_exact_kl(config)
 
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
@@ -246,6 +248,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         scored = truncate_responses(config, task.ids, rollout)
         # Forward passes are dispatched before the rewards, which the host may compute meanwhile.
         outputs = forward(params, rollout)
+        kl_metrics = exact_kl(policy_params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
         task.keep_samples(rollout, outputs, scores, experience.advantages, metrics)
@@ -255,7 +258,12 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         )
         state, staleness = store_next_rollout(state, rollouts)
         return state, merge(
-            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(prompts)
+            reward_metrics,
+            kl_metrics,
+            metrics,
+            update_metrics,
+            staleness,
+            prompt_metrics(prompts),
         )
 
     extra_state = {}
@@ -334,7 +342,8 @@ def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
     ) -> Loss:
         """Returns the estimator's loss, with KL and entropy bonus if the config adds them."""
         mask = batch.mask
-        _, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
+        outputs = response_outputs(c, model, params["policy"], batch)
+        logprobs, entropy = outputs.logprobs, outputs.entropy
         policy_loss = estimator.loss(c, logprobs, batch, beta)
         terms: dict[str, tuple[Scalar, Loss]] = {"policy": (1.0, policy_loss)}
         if c.entropy_coefficient:
@@ -348,7 +357,7 @@ def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
         log_ratio = policy.log_ratio(logprobs, batch.logprobs, mask)
         metrics = policy.ratio_metrics(log_ratio, mask) | metrics
         metrics["entropy"] = masked.token_mean(jax.lax.stop_gradient(entropy), mask)
-        return total, metrics
+        return add_balance(model.config, (total, metrics), outputs.routing)
 
     def update(
         state: TrainState,

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from rlhfjax import paths
+from rlhfjax.data.built_in_templates import BUILT_IN, read_template
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
 from rlhfjax.data.sandbox import Program
-from rlhfjax.data.template import BUILT_IN, read_template
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
@@ -34,7 +34,9 @@ class Config:
     stage: str = "import_model"
     """Name of the stage."""
     init_from: str
-    """hf:FOLDER, gguf:FILE, pip:PACKAGE, or a folder with a model of ours"""
+    """hf:FOLDER, gguf:FILE, pip:PACKAGE, or a folder with one of our models"""
+    adapter: str = ""
+    """PEFT folder that is merged into the model; empty: none"""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """changes to the model_config, such as dtype, remat, scan_layers or dropout"""
     chat_template: str = ""
@@ -69,7 +71,11 @@ def validate(
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns its number of parameters."""
     opened = store.open_model(
-        config.init_from, layout, config.overrides, f"{config.stage}.overrides"
+        config.init_from,
+        layout,
+        config.overrides,
+        f"{config.stage}.overrides",
+        config.adapter,
     )
     validate(config, layout, opened.model.config)
     tokenizer = opened.tokenizer

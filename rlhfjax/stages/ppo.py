@@ -23,6 +23,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import Routing, add_balance
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
@@ -47,13 +48,13 @@ from rlhfjax.rl.iteration import (
     store_next_rollout,
     stream_key,
 )
+from rlhfjax.rl.placement import make_sampler
 from rlhfjax.rl.policy import ExtraModels, policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
     Rollout,
     TokenIds,
-    make_sampler,
     response_hidden,
     response_outputs,
     truncate_responses,
@@ -167,6 +168,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     jitted = programs(config, model, critic.model, task.ids)
     sampler = make_sampler(config, layout, model, task.ids)
     forward = task.make_forward(jitted)
+    exact_kl = task.make_exact_kl(config)
 
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
@@ -178,6 +180,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         scored = truncate_responses(config, task.ids, rollout)
         # Forward passes are dispatched before the rewards, which the host may compute meanwhile.
         outputs = forward(params, rollout)
+        kl_metrics = exact_kl(policy_params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
         task.keep_samples(rollout, outputs, scores, experience.advantages, metrics)
@@ -187,7 +190,12 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         )
         state, staleness = store_next_rollout(state, rollouts)
         return state, merge(
-            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(prompts)
+            reward_metrics,
+            kl_metrics,
+            metrics,
+            update_metrics,
+            staleness,
+            prompt_metrics(prompts),
         )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
@@ -229,17 +237,22 @@ def programs(config: Config, model: Model, critic: Model, ids: TokenIds) -> Prog
 
     # ------------------------------------------------------------------ score -> advantages
 
-    def compute_values(params: PyTree, batch: Any) -> jax.Array:
+    def values_and_routing(
+        params: PyTree, batch: Any
+    ) -> tuple[jax.Array, Routing | None]:
         """Returns V [b, r] of the state in which each response token is chosen."""
         is_shared = c.value == "shared"
-        hidden = response_hidden(
+        hidden, routing = response_hidden(
             model if is_shared else critic,
             params["policy"] if is_shared else params["value"],
             batch.tokens,
             batch.attention_mask,
             batch.mask.shape[1],
         )
-        return critic.scalar(params["value"], hidden)
+        return critic.scalar(params["value"], hidden), routing
+
+    def compute_values(params: PyTree, batch: Any) -> jax.Array:
+        return values_and_routing(params, batch)[0]
 
     forward = make_forward_passes(c, rollout_logprobs, compute_values)
 
@@ -303,11 +316,13 @@ def programs(config: Config, model: Model, critic: Model, ids: TokenIds) -> Prog
         plus beta x the KL to the reference, if that is in the loss.
         """
         mask = batch.mask
-        hidden, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
+        outputs = response_outputs(c, model, params["policy"], batch)
+        logprobs, entropy = outputs.logprobs, outputs.entropy
+        value_routing = None
         if c.value == "shared":
-            values = critic.scalar(params["value"], hidden)
+            values = critic.scalar(params["value"], outputs.hidden)
         else:
-            values = compute_values(params, batch)
+            values, value_routing = values_and_routing(params, batch)
         policy_loss = policy.ppo_loss(
             logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
         )
@@ -333,7 +348,8 @@ def programs(config: Config, model: Model, critic: Model, ids: TokenIds) -> Prog
             terms["kl"] = (beta, (scalar, kl_metrics))
         total, metrics = add_losses(**terms)
         metrics["entropy"] = masked.token_mean(jax.lax.stop_gradient(entropy), mask)
-        return total, metrics
+        balanced = add_balance(model.config, (total, metrics), outputs.routing)
+        return add_balance(critic.config, balanced, value_routing, prefix="value_")
 
     def update(
         state: TrainState,

@@ -10,16 +10,16 @@ import functools
 
 from rlhfjax.data.batches import TokenBatch, shapes
 from rlhfjax.data.loader import pretrain_batches
-from rlhfjax.mesh import Layout
-from rlhfjax.roles import DISK, Sources
-from rlhfjax.stage import Stage
-from rlhfjax.supervised import (
+from rlhfjax.language import (
     LanguageConfig,
     language_roles,
     language_stage,
     language_workload,
-    validate_streams,
+    validate_language,
 )
+from rlhfjax.mesh import Layout
+from rlhfjax.roles import DISK, Sources
+from rlhfjax.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Config(LanguageConfig):
 MODEL_NAME = "pretrained"
 roles = language_roles
 workload = language_workload
-validate = validate_streams
+validate = validate_language
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:

@@ -13,7 +13,13 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.data import loader
-from rlhfjax.data.config import SourceConfig, open_preferences, open_sources
+from rlhfjax.data.config import (
+    Preferences,
+    SourceConfig,
+    open_preferences,
+    open_sources,
+)
+from rlhfjax.data.counted import data_metrics
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
@@ -45,8 +51,8 @@ class Config(SamplingConfig):
     """Workdir of the reward model."""
     policy: str | None = None
     """Workdir of a policy whose responses to `prompts` are the samples."""
-    preferences: tuple[str, ...] = ()
-    """Preference folders whose completions (train split) are the samples."""
+    preferences: Preferences = ()
+    """Folders or sources of rankings whose completions (train split) are the samples."""
     demonstrations: tuple[SourceConfig, ...] = ()
     """Conversations whose last responses are the samples."""
     prompts: PromptConfig = PromptConfig()
@@ -102,42 +108,46 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     validate_reward_model(saved, saved.tokenizer, config.init_from)
     with layout.use():
         if config.policy:
-            rewards, valid, cut = _score_responses(config, config.policy, saved, layout)
+            samples = _score_responses(config, config.policy, saved, layout)
         else:
-            rewards, valid, cut = _score_rows(config, saved, layout)
+            samples = _score_rows(config, saved, layout)
+        rewards, valid, cut, counts = samples
         context = f"recenter.init_from={config.init_from}"
         stats.validate_scores(rewards, context, valid)
         params, metrics = center.normalize(saved.params, rewards, valid, "mean")
         metrics["rows_cut"] = (np.sum(cut * valid), np.sum(valid))
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
-    values = finalize(hosts.whole(metrics), "recenter/")
+    values = finalize(hosts.whole(metrics), "recenter/") | counts
     with Writer(workdir) as writer:
         writer.write(0, values)
     return values
 
 
-Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # rewards, valid, cut
+# Rewards, valid, cut, and the metrics of the data.
+Samples = tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, float]]
 
 
 def _score_rows(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
     """Returns rewards, valid and cut of preferences or demonstrations."""
     if config.preferences:
+        source = open_preferences(config.preferences, "train")
         batches = loader.preference_batches(
-            open_preferences(config.preferences, "train"),
+            source,
             saved.tokenizer,
             batch_size=config.batch_size,
             length=config.length,
             train=False,
         )
     else:
+        source = open_sources(config.demonstrations, "recenter.demonstrations")
         batches = center.demonstrations(
-            open_sources(config.demonstrations, "recenter.demonstrations"),
+            source,
             saved.tokenizer,
             batch_size=config.batch_size,
             length=config.length,
         )
     rewards, labels = make_scorer(saved.model, layout)(saved.params, batches)
-    return rewards, labels.valid, labels.cut
+    return rewards, labels.valid, labels.cut, data_metrics(source, "recenter")
 
 
 def _score_responses(
@@ -148,8 +158,10 @@ def _score_responses(
     if policy.tokenizer != saved.tokenizer:
         raise ConfigError("recenter.policy: must have the reward model's tokenizer")
     reward = ModelReward(saved.model, saved.params)
+    tokenizer = policy.tokenizer
+    source = open_prompts(config.prompts, "recenter.prompts", tokenizer, config.seed)
     batches = sample_responses(
-        open_prompts(config.prompts, "recenter.prompts", policy.tokenizer, config.seed),
+        source,
         policy,
         Sampling.from_config(config, policy.tokenizer),
         PromptBatching(batch_size=config.batch_size, length=config.prompt_length),
@@ -163,4 +175,5 @@ def _score_responses(
         rewards.append(hosts.whole(scores))
         valid.append((batch.index >= 0).astype(np.float32))
         cut.append(batch.cut)
-    return np.concatenate(rewards), np.concatenate(valid), np.concatenate(cut)
+    counts = data_metrics(source, "recenter")
+    return np.concatenate(rewards), np.concatenate(valid), np.concatenate(cut), counts

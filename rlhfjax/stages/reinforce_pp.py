@@ -19,6 +19,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import add_balance
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
 from rlhfjax.ranges import Positive, PositiveCount, Size
@@ -40,13 +41,13 @@ from rlhfjax.rl.iteration import (
     store_next_rollout,
     stream_key,
 )
+from rlhfjax.rl.placement import make_sampler
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
     Rollout,
     TokenIds,
-    make_sampler,
     response_outputs,
     truncate_responses,
 )
@@ -107,6 +108,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     jitted = programs(config, model, task.ids)
     sampler = make_sampler(config, layout, model, task.ids)
     forward = task.make_forward(jitted)
+    exact_kl = task.make_exact_kl(config)
 
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
@@ -118,6 +120,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         scored = truncate_responses(config, task.ids, rollout)
         # Forward passes are dispatched before the rewards, which the host may compute meanwhile.
         outputs = forward(params, rollout)
+        kl_metrics = exact_kl(policy_params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
         task.keep_samples(rollout, outputs, scores, experience.advantages, metrics)
@@ -127,7 +130,12 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         )
         state, staleness = store_next_rollout(state, rollouts)
         return state, merge(
-            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(prompts)
+            reward_metrics,
+            kl_metrics,
+            metrics,
+            update_metrics,
+            staleness,
+            prompt_metrics(prompts),
         )
 
     return policy_stage(config, task, jitted.tx, step)
@@ -167,7 +175,8 @@ def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
     def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> Loss:
         """Returns clipped policy loss - entropy_coefficient x entropy, mean over tokens."""
         mask = batch.mask
-        _, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
+        outputs = response_outputs(c, model, params["policy"], batch)
+        logprobs, entropy = outputs.logprobs, outputs.entropy
         policy_loss = policy.ppo_loss(
             logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
         )
@@ -179,7 +188,7 @@ def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
             terms["entropy"] = (1.0, bonus)
         total, metrics = add_losses(**terms)
         metrics["entropy"] = masked.token_mean(jax.lax.stop_gradient(entropy), mask)
-        return total, metrics
+        return add_balance(model.config, (total, metrics), outputs.routing)
 
     def update(
         state: TrainState,

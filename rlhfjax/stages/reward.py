@@ -19,17 +19,24 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.data.batches import PreferenceBatch, concatenate, shapes
-from rlhfjax.data.config import SourceConfig, open_preferences, open_sources, own_shards
+from rlhfjax.data.config import (
+    Preferences,
+    SourceConfig,
+    open_preferences,
+    open_sources,
+    own_shards,
+)
 from rlhfjax.data.loader import BatchStream, preference_batches
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import add_balance
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Size, Tokens
 from rlhfjax.rewards import center
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
-from rlhfjax.rewards.model import sequence_rewards
+from rlhfjax.rewards.model import rewards_and_routing, sequence_rewards
 from rlhfjax.roles import DISK, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
@@ -56,8 +63,8 @@ class Config(StreamConfig):
 
     stage: str = "reward"
     """Name of the stage."""
-    preferences: tuple[str, ...] = ()
-    """Folders that `collect` wrote, or `jsonl:` globs."""
+    preferences: Preferences = ()
+    """Folders that `collect` wrote, specs, or sources with options."""
     length: Tokens
     """Tokens of prompt and response; the prompt keeps at most half of them where both are long."""
     batch_size: Size
@@ -90,6 +97,11 @@ def validate(
             "reward.demonstrations: sources go together with "
             'reward.normalize="demonstrations"'
         )
+    if config.loss.centering and config.loss.name == "best_of_k":
+        raise ConfigError(
+            f"reward.loss.centering={config.loss.centering}: must be 0 with best_of_k, "
+            "a choice of one response, which has no pairs"
+        )
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
@@ -98,7 +110,8 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     model = loaded.model
     validate(config, layout, model.config)
     loss = make_loss(config.loss)
-    step, tx = train_step(config, loaded, reward_loss(model, loss))
+    trains_bias = bool(config.loss.centering)
+    step, tx = train_step(config, loaded, reward_loss(model, loss, trains_bias))
     score_with = make_scorer(model, layout)
     batches = functools.partial(
         preference_batches,
@@ -173,34 +186,47 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     )
 
 
-def reward_loss(model: Model, loss: RewardLoss) -> LossFunction:
+def reward_loss(
+    model: Model, loss: RewardLoss, trains_bias: bool = False
+) -> LossFunction:
     """Returns a loss of rewards as a function (params, batch, key) -> (loss, metrics).
 
-    All these losses depend on differences of rewards, so that the gradient of the head's bias is 0.
-    It is stopped, because Adam would scale its rounding errors up to whole steps. Only
+    All losses of comparisons depend on differences of rewards, so that the gradient of the head's
+    bias is 0. It is stopped, because Adam would scale its rounding errors up to whole steps. Only
     normalization sets the bias.
+
+    Args:
+      trains_bias: the loss depends on the bias too, as `centering` does.
     """
 
     def of_batch(params: PyTree, batch: PreferenceBatch, key: jax.Array | None) -> Loss:
         key = key if model.drops else None
         head = params["head"]
-        head = {**head, "bias": jax.lax.stop_gradient(head["bias"])}
-        rewards = completion_rewards(model, {**params, "head": head}, batch, key)
+        if not trains_bias:
+            head = {**head, "bias": jax.lax.stop_gradient(head["bias"])}
+        rewards, routing = rewards_and_routing(
+            model, {**params, "head": head}, *_rows(batch), key
+        )
+        rewards = rewards.reshape(batch.scores.shape)
         scalar, metrics = loss(rewards, batch.scores, batch.valid, batch.same)
-        return scalar, {**metrics, **truncation_metrics(batch)}
+        metrics = {**metrics, **truncation_metrics(batch)}
+        return add_balance(model.config, (scalar, metrics), routing)
 
     return of_batch
 
 
 def completion_rewards(
-    model: Model, params: PyTree, batch: PreferenceBatch, key: jax.Array | None
+    model: Model, params: PyTree, batch: PreferenceBatch
 ) -> jax.Array:
     """Returns the rewards [b, k] of all completions, by one forward pass per completion."""
-    b, k, t = batch.tokens.shape
-    tokens = batch.tokens.reshape(b * k, t)
-    attention_mask = batch.attention_mask.reshape(b * k, t)
-    rewards = sequence_rewards(model, params, tokens, attention_mask, key)
-    return rewards.reshape(b, k)
+    return sequence_rewards(model, params, *_rows(batch)).reshape(batch.scores.shape)
+
+
+def _rows(batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+    """Returns tokens and attention mask of all completions, [b k, t]."""
+    length = batch.tokens.shape[-1]
+    tokens, attention_mask = batch.tokens, batch.attention_mask
+    return tokens.reshape(-1, length), attention_mask.reshape(-1, length)
 
 
 class Scored(NamedTuple):
@@ -214,9 +240,7 @@ def make_scorer(
     model: Model, layout: Layout
 ) -> Callable[[PyTree, Iterable[PreferenceBatch]], Scored]:
     """Returns a function (params, batches) -> the rewards of all their completions."""
-    rewards_of = jax.jit(
-        lambda params, batch: completion_rewards(model, params, batch, None)
-    )
+    rewards_of = jax.jit(lambda params, batch: completion_rewards(model, params, batch))
 
     def score(params: PyTree, batches: Iterable[PreferenceBatch]) -> Scored:
         parts = []
@@ -238,19 +262,21 @@ def held_out_metrics(scored: Scored, loss: RewardLoss) -> Metrics:
     """Returns the metrics of held-out completions.
 
     They are val_loss, val_accuracy, the accuracy of preferring the longer response, the expected
-    calibration error, and `truncation_metrics`.
+    calibration error, `truncation_metrics` and, if the loss has it, val_centering.
     """
     batch = scored.batch
     labels = (batch.scores, batch.valid, batch.same)
     _, metrics = loss(*map(jnp.asarray, (scored.rewards, *labels)))
     calibration_error = stats.calibration(_margins(scored)).ece
-    truncation = truncation_metrics(batch)
+    others = truncation_metrics(batch)
+    if "centering" in metrics:
+        others["centering"] = metrics["centering"]
     return {
         "val_loss": metrics["loss"],
         "val_accuracy": stats.pairwise_accuracy(scored.rewards, *labels),
         "val_length_accuracy": (stats.length_baseline(batch.lengths, *labels), 1.0),
         "val_calibration_error": (calibration_error, 1.0),
-        **{f"val_{name}": metric for name, metric in truncation.items()},
+        **{f"val_{name}": metric for name, metric in others.items()},
     }
 
 

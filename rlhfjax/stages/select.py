@@ -16,7 +16,8 @@ import numpy as np
 
 from rlhfjax.data import chat, examples
 from rlhfjax.data.accepted import accepted, validate_preference
-from rlhfjax.data.config import open_preferences
+from rlhfjax.data.config import Preferences, open_preferences
+from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.rows import Row
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import DataError
@@ -37,8 +38,8 @@ class Config:
 
     stage: str = "select"
     """Name of the stage."""
-    preferences: tuple[str, ...] = ()
-    """folders that `collect` wrote, or jsonl: globs"""
+    preferences: Preferences = ()
+    """folders that `collect` wrote, specs, or sources with options"""
     tokenizer: str
     """file or folder of the tokenizer that the responses were sampled with"""
     keep: PositiveCount = 1
@@ -56,21 +57,22 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for split in SPLITS:
         source = open_preferences(config.preferences, split, "select")
         source = accepted(source, tokenizer, validate_preference)
-        rows = [source[i] for i in range(len(source))]
-        chosen = [
-            best(row, keep=config.keep, min_score=config.min_score) for row in rows
-        ]
-        if not any(chosen):
+        prompts, before, selected = 0, [], []
+        for row in (source[i] for i in range(len(source))):
+            indices = best(row, keep=config.keep, min_score=config.min_score)
+            prompts += bool(indices)
+            before += row["scores"]
+            selected += [selected_row(tokenizer, row, i) for i in indices]
+        if not selected:
             raise DataError(
                 f"select.min_score={config.min_score}: no response of split {split!r}"
                 " has this score or more"
             )
-        selected = []
-        for row, indices in zip(rows, chosen, strict=True):
-            selected += [selected_row(tokenizer, row, i) for i in indices]
         write_jsonl(workdir / f"{split}.jsonl", selected)
         if split == "train":
-            metrics = _selection_metrics(rows, chosen, selected)
+            metrics = _selection_metrics(selected, before)
+            metrics["select/prompts"] = float(prompts)
+            metrics |= data_metrics(source, "select")
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -111,13 +113,12 @@ def messages_of(tokenizer: Tokenizer, prompt: list[int]) -> list[chat.Message]:
 
 
 def _selection_metrics(
-    rows: list[Row], chosen: list[list[int]], selected: list[dict[str, Any]]
+    selected: list[dict[str, Any]], before: list[float]
 ) -> dict[str, float]:
-    before = [score for row in rows for score in row["scores"]]
+    """Returns the metrics of selected rows, and of the scores of all responses before."""
     lengths = [len(row["response_tokens"]) for row in selected]
     return {
         "select/rows": float(len(selected)),
-        "select/prompts": float(sum(map(bool, chosen))),
         "select/kept": len(selected) / len(before),
         "select/score": float(np.mean([row["score"] for row in selected])),
         "select/score_before": float(np.mean(before)),

@@ -36,9 +36,10 @@ from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.experts import add_balance
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import NonNegative, Positive, Seconds, Tokens
-from rlhfjax.rewards.dense import token_rewards
+from rlhfjax.rewards.dense import token_rewards_and_routing
 from rlhfjax.roles import DISK, REWARD, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
@@ -120,7 +121,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     model = loaded.model
     validate(config, layout, model.config)
     loss = feedback_loss(model, config)
-    step, tx = train_step(config, loaded, loss)
+    step, tx = train_step(config, loaded, feedback_loss(model, config, balanced=True))
 
     @jax.jit
     def measure(params: PyTree, batch: TamerBatch) -> Metrics:
@@ -159,10 +160,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     )
 
 
-def feedback_loss(model: Model, config: Config) -> LossFunction:
+def feedback_loss(model: Model, config: Config, balanced: bool = False) -> LossFunction:
     """Returns the regression loss, the mean over all pieces of feedback of a batch.
 
     The loss is a function (params, batch, key) -> (loss, metrics).
+
+    Args:
+      balanced: add the balancing loss of a mixture of experts, and metrics of its routing.
     """
     losses = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}
     response_loss = losses[config.loss]
@@ -186,7 +190,9 @@ def feedback_loss(model: Model, config: Config) -> LossFunction:
         return metrics
 
     def loss(params: PyTree, batch: TamerBatch, key: jax.Array | None) -> Loss:
-        rewards = token_rewards(model, params, batch.tokens, batch.attention_mask)
+        rewards, routing = token_rewards_and_routing(
+            model, params, batch.tokens, batch.attention_mask
+        )
         by_response = jax.vmap(response_metrics)(
             rewards,
             batch.response_start,
@@ -201,7 +207,10 @@ def feedback_loss(model: Model, config: Config) -> LossFunction:
         }
         real = (batch.weight.sum(1) > 0).astype(jnp.float32)
         rows_cut = (jnp.sum(batch.cut * real), jnp.sum(real))
-        return divide(*sums["loss"]), {**sums, "rows_cut": rows_cut}
+        metrics = {**sums, "rows_cut": rows_cut}
+        mean = divide(*sums["loss"])
+        routing = routing if balanced else None
+        return add_balance(model.config, (mean, metrics), routing)
 
     return loss
 

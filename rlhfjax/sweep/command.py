@@ -11,8 +11,8 @@ from typing import Any
 from rlhfjax import dry_run, experiment, paths, trackers
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError, Preempted, UserError
-from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
+from rlhfjax.progress import duration
 from rlhfjax.redact import redact
 from rlhfjax.report.sweep import read_result, write_sweep
 from rlhfjax.sweep import is_seed, pool, queued

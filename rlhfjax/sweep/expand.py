@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import experiment, recipe
+from rlhfjax import claims, experiment, recipe
 from rlhfjax.config import scalar, to_dict
 from rlhfjax.errors import ConfigError, cut
 from rlhfjax.experiment import Experiment
@@ -69,7 +69,7 @@ def expand(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{loaded.file}: its sweep adds {twice[0]} twice")
     for run in runs:
-        recipe.compare(run.workdir, run.config)
+        claims.compare(run.workdir, run.config)
     return runs
 
 

@@ -18,8 +18,9 @@ from typing import IO, NamedTuple
 
 from rlhfjax import paths
 from rlhfjax.errors import ConfigError, Preempted
-from rlhfjax.metrics import UPLOAD_EVERY, duration
+from rlhfjax.metrics import UPLOAD_EVERY
 from rlhfjax.paths import Path
+from rlhfjax.progress import duration
 
 LOCK, LOGS = "sweep.lock", "logs"
 SLOT = "{slot}"

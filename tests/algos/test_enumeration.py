@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.algos import advantages, group, kl, policy, shaping
+from rlhfjax.models.logprobs import Output, vocabulary_kl
 
 SENTENCES = np.array(list(itertools.product(range(3), repeat=2)))
 MASK = jnp.ones((9, 2))
@@ -357,3 +358,29 @@ def test_climbs_to_the_tilted_reference(method):
     np.testing.assert_allclose(reward(reached), reward(optimum), atol=0.02)
     np.testing.assert_allclose(nats(reached), nats(optimum), atol=0.03)
     assert reward(optimum) - reward(jnp.exp(RHO)) > 0.3  # there was something to climb
+
+
+def test_the_kl_over_the_vocabulary_has_the_sampled_estimates_mean_and_less_variance(
+    world,
+):
+    """Of every sentence: the KL of the first token, and of the second given the first."""
+    reference = logits_of(22)
+    first = SENTENCES[:, 0]
+
+    def states(logits):
+        start = jnp.broadcast_to(logits["first"], (9, 3))
+        return jnp.stack([start, logits["second"][first]], axis=1)
+
+    eye = jnp.eye(3)
+    per_token = vocabulary_kl(
+        (states(world.theta), states(reference)), (eye, eye), how=Output(tied=True)
+    )
+    exact = kl.sequence_kl(per_token, world.mask)
+    sampled = kl.sequence_kl(kl.k1(world.logprobs, world.ref), world.mask)
+    means = [jnp.sum(world.p * x) for x in (exact, sampled)]
+    np.testing.assert_allclose(*means, rtol=1e-5)
+    variances = [
+        jnp.sum(world.p * (x - mean) ** 2)
+        for x, mean in zip((exact, sampled), means, strict=True)
+    ]
+    assert variances[0] < 0.5 * variances[1]

@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.algos import combine, direct, group, kl, policy, preference, ranking, value
+from rlhfjax.algos import (
+    combine,
+    direct,
+    dpo_variants,
+    group,
+    kl,
+    policy,
+    preference,
+    process,
+    ranking,
+    value,
+)
 
 B, T = 4, 5
 
@@ -102,6 +113,12 @@ CASES = {
         p(group.dapo_loss, clip_low=0.2, clip_high=0.28), grouped(2), logprobs=(0, 1)
     ),
     "kwise": Case(preference.kwise_loss, kwise),
+    "centering": Case(
+        lambda r, labels, valid: ranking.centering_loss(
+            r, preference.untied_pairs(labels, valid)
+        ),
+        kwise,
+    ),
     "plackett_luce": Case(ranking.plackett_luce_loss, kwise),
     "best_of_k": Case(
         lambda r, best, valid: ranking.best_of_k_loss(
@@ -112,6 +129,9 @@ CASES = {
             np.array([[0.0] * T, [1] * T, [2] * T, [3] * T]),
             token_mask(),
         ],
+    ),
+    "steps": Case(
+        process.step_loss, lambda: [token_columns(1)[0], LABELS / 9, token_mask()]
     ),
     "bradley_terry": Case(
         ranking.bradley_terry_loss, rows(2), pads=False, logprobs=(0, 1)
@@ -137,6 +157,43 @@ CASES = {
     ),
     "cdpo": Case(
         p(direct.cdpo_loss, beta=0.3, smoothing=0.1),
+        rows(4),
+        pads=False,
+        logprobs=(0, 1, 2, 3),
+    ),
+    "robust_dpo": Case(
+        p(dpo_variants.robust_dpo_loss, beta=0.3, smoothing=0.1),
+        rows(4),
+        pads=False,
+        logprobs=(0, 1, 2, 3),
+    ),
+    "dpo_norm": Case(
+        p(dpo_variants.dpo_norm_loss, beta=5.0),
+        lambda: [
+            *row_columns(4),
+            np.array([3.0, 1, 7, 2]),
+            np.array([1.0, 9, 2, 4]),
+            ROW_WEIGHT,
+        ],
+        pads=False,
+        logprobs=(0, 1, 2, 3),
+    ),
+    "irpo": Case(
+        p(dpo_variants.irpo_loss, beta=0.3, alpha=0.7),
+        rows(5),
+        pads=False,
+        logprobs=(0, 1, 2, 3, 4),
+    ),
+    "irpo_likelihood": Case(
+        lambda mean, *rest: dpo_variants.irpo_loss(
+            *rest[:4], mean, rest[4], beta=0.3, alpha=0.7
+        ),
+        rows(5),
+        pads=False,
+        logprobs=(0, 1, 2, 3, 4),
+    ),
+    "dpop": Case(
+        p(dpo_variants.dpop_loss, beta=0.3, penalty=5.0),
         rows(4),
         pads=False,
         logprobs=(0, 1, 2, 3),

@@ -123,6 +123,16 @@ def test_pitfall_08_an_eos_in_the_padding_is_no_end():
     )
 
 
+def test_any_of_several_ends_is_an_end():
+    tokens = jnp.array([[4, 2, 9], [4, 7, 9], [4, 4, 7], [4, 4, 9]])
+    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0] * 3])
+    ended = shaping.has_token(tokens, mask, 2, 7)
+    np.testing.assert_array_equal(ended, [True, True, False, False])
+    np.testing.assert_array_equal(
+        shaping.is_any(tokens, (9, 2)), np.isin(tokens, [2, 9])
+    )
+
+
 def test_clip_score():
     np.testing.assert_array_equal(
         shaping.clip_score(jnp.array([-7.0, 0.5, 7.0]), limit=5.0), [-5, 0.5, 5]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from rlhfjax.data import corpora
+from rlhfjax.data import corpora, files, kept
 from rlhfjax.data.sources import Rows
 from rlhfjax.data.tokenizer import train_sentencepiece
 
@@ -94,8 +94,30 @@ def rankings(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    for build in corpora.BUILDERS.values():
+def data_dir(shared):
+    folder = shared / "tfds"  # what another worker has prepared is not prepared again
+    for build in (corpora.Chitchat, corpora.KingJamesBible):
         corpora.prepare(build(data_dir=os.fspath(folder)))
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of indexes; every file is large enough for one."""
+    monkeypatch.setattr(kept, "SMALL", -1)
+    monkeypatch.setenv(kept.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The number of records that were read."""
+    count = []
+    read = files.Spans.content
+
+    def counted(records, index, span):
+        count.append(index)
+        return read(records, index, span)
+
+    monkeypatch.setattr(files.Spans, "content", counted)
+    return count

@@ -252,6 +252,25 @@ def test_a_damaged_description_of_a_dataset_is_named(folder, name, content):
         read_preferences(folder)
 
 
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name"])
+def test_a_dataset_imports_no_module_of_others(key, folder, tmp_path, monkeypatch):
+    """TFDS imports the module of every class that a dataset names."""
+    (tmp_path / "wicked.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (folder / "features.json").read_text()
+    name = '"tensorflow_datasets.core.features.text_feature.Text"'
+    assert f'"pythonClassName": {name}' in text
+    text = text.replace(f'"pythonClassName": {name}', f'"{key}": "wicked.Text"', 1)
+    (folder / "features.json").write_text(text)
+    with pytest.raises(DataError, match=f"{key} is 'wicked.Text': accepted are"):
+        read_preferences(folder)
+    # Nor one of TFDS itself that nothing has imported.
+    text = text.replace("wicked.Text", "tensorflow_datasets.core.features.wicked.Text")
+    (folder / "features.json").write_text(text)
+    with pytest.raises(DataError, match="accepted are classes of"):
+        read_preferences(folder)
+
+
 def test_a_missing_shard_is_missing_and_a_cut_one_is_not_whole(folder):
     (shard,) = folder.glob("preferences-train*")
     content = shard.read_bytes()

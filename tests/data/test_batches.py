@@ -14,7 +14,7 @@ from rlhfjax.data.batches import (
     TamerBatch,
     TokenBatch,
 )
-from rlhfjax.data.examples import Encoded, Prompts
+from rlhfjax.data.encoded import OVERHEAD, Encoded
 from rlhfjax.data.loader import (
     Joined,
     preference_batches,
@@ -22,6 +22,7 @@ from rlhfjax.data.loader import (
     prompt_batches,
     sft_batches,
 )
+from rlhfjax.data.prompts import Prompts
 
 # The order of arguments of compiled programs. Another order is another program.
 ORDER = {
@@ -91,7 +92,7 @@ def test_rows_that_are_batches_take_room_too(documents):
             tokens=ids, attention_mask=ids, cut=np.float32(0), index=np.int32(index)
         )
 
-    encoded = Encoded(documents, encode, max_items=15)
+    encoded = Encoded(documents, encode, max_items=15 + 4 * OVERHEAD)
     for index in (0, 1, 0, 1):
         encoded[index]
     assert calls == [0, 1, 1]

@@ -208,6 +208,6 @@ def test_to_text_names_the_speakers():
 
 def test_an_unknown_role_is_an_error(tokenizer):
     with pytest.raises(
-        DataError, match="role 'tool' is none of user, assistant, system"
+        DataError, match="role 'critic' is none of user, assistant, system"
     ):
-        render(tokenizer, [{"role": "tool", "content": "x"}])
+        render(tokenizer, [{"role": "critic", "content": "x"}])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from rlhfjax.data import corpora
+from rlhfjax.data import corpora, package_corpora
 from rlhfjax.data.rows import SPLITS, split_of
 from rlhfjax.data.sources import open_source
 from rlhfjax.errors import DataError
@@ -44,7 +44,7 @@ def test_the_split_of_a_key_never_changes():
 
 
 def test_the_first_speaker_is_the_user_and_turns_alternate(chitchat):
-    with corpora.package_file("chitchat_dataset", "dataset.json").open(
+    with package_corpora.package_file("chitchat_dataset", "dataset.json").open(
         encoding="utf-8"
     ) as file:
         raw = json.load(file)
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     with pytest.raises(
         DataError, match=r"chitchat_dataset .* pip install -e '\.\[quickstart\]'"
     ):
-        corpora.package_file("chitchat_dataset", "dataset.json")
+        package_corpora.package_file("chitchat_dataset", "dataset.json")
 
 
 def test_packages_are_read_without_being_imported(data_dir):
@@ -155,7 +155,7 @@ def test_two_processes_may_prepare_at_once(tmp_path):
 
 
 def test_a_corpus_without_its_package_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install -e '\.\[quickstart\]'"):
         open_source("tfds:kjv", data_dir=tmp_path)
     assert not (tmp_path / "kjv" / "1.0.0").exists()

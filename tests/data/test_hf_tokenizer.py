@@ -15,11 +15,13 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 
 from rlhfjax.chat import decode_stream
-from rlhfjax.data import chat, hf_tokenizer
+from rlhfjax.data import chat, examples, hf_tokenizer
+from rlhfjax.data.built_in_templates import BUILT_IN, MARKERS
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
 from rlhfjax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from rlhfjax.errors import DataError
@@ -59,6 +61,9 @@ ZEPHYR = (
     "+ eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+
+
+LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def llama2(scheme: str) -> tokenizers.Tokenizer:
@@ -112,7 +117,6 @@ def smollm() -> HuggingFaceTokenizer:
     )
 
 
-LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 ANY_TEXT = st.lists(
     st.one_of(
         st.text(max_size=20),
@@ -201,6 +205,81 @@ def test_pitfall_02_the_pad_is_never_the_eos(
     )  # whatever the pad is, no text has it
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer
+
+
+def bos_first(specials, bos) -> tokenizers.Tokenizer:
+    """Returns a tokenizer whose post-processor writes bos before a text, as Llama 3's does."""
+    backend = byte_bpe(specials)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    return backend
+
+
+TEXT_END, TURN_END = "<|endoftext|>", "<|im_end|>"
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", *MARKERS[BUILT_IN["llama3"]]]
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "template", "start", "end"),
+    [
+        # SmolLM2-Instruct: its bos_token is a marker, which no document begins with.
+        (byte_bpe(), CONFIG, "chatml", None, TEXT_END),
+        # Qwen2.5, base and instruct, without a bos.
+        (byte_bpe(), {"eos_token": TEXT_END}, "chatml", None, TEXT_END),
+        (byte_bpe(), {"eos_token": TURN_END}, "chatml", None, TEXT_END),
+        # Llama 3, base and instruct; the same where a config denies the bos.
+        (
+            bos_first(LLAMA3, "<|begin_of_text|>"),
+            {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+            "llama3",
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+        ),
+        (
+            bos_first(LLAMA3, "<|begin_of_text|>"),
+            {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+            "llama3",
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+        ),
+        (
+            bos_first(SMOLLM, "<|im_start|>"),
+            CONFIG | {"add_bos_token": False},
+            "chatml",
+            None,
+            TEXT_END,
+        ),
+        # GPT-2 has one special for everything.
+        (
+            byte_bpe([TEXT_END]),
+            {"bos_token": TEXT_END, "eos_token": TEXT_END},
+            "",
+            None,
+            TEXT_END,
+        ),
+        # Mistral ends turns and documents alike.
+        (
+            llama2("legacy"),
+            LLAMA2 | {"add_bos_token": True},
+            "llama2",
+            "<s>",
+            "</s>",
+        ),
+    ],
+)
+def test_a_document_stands_between_the_tokens_of_its_vocabulary(
+    backend, config, template, start, end, tmp_path
+):
+    tokenizer = HuggingFaceTokenizer(backend, config, template=template)
+    before = [tokenizer.token_id(start)] if start else []
+    after = [tokenizer.token_id(end)]
+    text = tokenizer.encode("the cat")
+    row = examples.document(tokenizer, {"text": "the cat"})
+    assert row.tolist() == [*before, *text, *after]
+    tokenizer.save(tmp_path)
+    again = examples.document(load_tokenizer(tmp_path), {"text": "the cat"})
+    assert again.tolist() == row.tolist()
 
 
 def test_a_special_that_the_rules_arrive_at_is_cut(tmp_path):
@@ -368,7 +447,7 @@ def test_errors_are_one_line(smollm, tmp_path):
         )
     swallowing = byte_bpe(SMOLLM[:1])
     swallowing.add_special_tokens(
-        [AddedToken("<|im_start|>", rstrip=True), AddedToken("<|im_end|>")]
+        [AddedToken("<|im_start|>", lstrip=True), AddedToken("<|im_end|>")]
     )
     with pytest.raises(
         DataError, match=r"'<\|im_start\|>' of its chat template swallows the blanks"

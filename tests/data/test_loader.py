@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from rlhfjax.data import chat
-from rlhfjax.data.examples import Encoded, Prompts
+from rlhfjax.data.encoded import OVERHEAD, Encoded
 from rlhfjax.data.loader import (
     preference_batches,
     pretrain_batches,
     prompt_batches,
     sft_batches,
 )
+from rlhfjax.data.prompts import Prompts
 from rlhfjax.data.sources import Rows
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
+from tests.data.test_templates import make as make_tokenizer
 
 KINDS = ("pretrain", "mixed", "cross_document", "sft", "prompts", "preferences")
 
@@ -152,6 +154,33 @@ def test_packed_documents_hold_every_target_once_and_never_cross(
     assert (
         found == expected
     )  # in order, none lost where a document goes on in the next row
+
+
+def test_documents_without_a_bos_are_packed_between_document_tokens():
+    """Prose teaches the end of a document and never that of a turn (Qwen2, SmolLM2)."""
+    tokenizer = make_tokenizer("chatml")
+    texts = ["the cat", "a", "who sat?"]
+    source = Rows([{"text": text} for text in texts], "text")
+    end = tokenizer.token_id("<|endoftext|>")
+    documents = [[*tokenizer.encode(text), end] for text in texts]
+    options = {"batch_size": 1, "length": 12, "train": False}
+    (batch,) = pretrain_batches(source, tokenizer, **options)
+    inputs = [token for ids in documents for token in ids[:-1]]
+    targets = [token for ids in documents for token in ids[1:]]
+    real = batch.segment_ids[0] > 0
+    assert batch.tokens[0][real].tolist() == inputs
+    assert batch.targets[0][real].tolist() == targets and batch.mask[0][real].all()
+    assert tokenizer.eos_id != end and tokenizer.eos_id not in targets
+
+    # Across documents the separator is an input, and the word after it is no target.
+    (batch,) = pretrain_batches(source, tokenizer, cross_document=True, **options)
+    stream = [token for ids in documents for token in ids]
+    real = batch.segment_ids[0] > 0
+    assert batch.tokens[0][real].tolist() == stream
+    learned = batch.mask[0][real] > 0
+    assert learned.tolist() == [token != end for token in stream]
+    after = np.array([*stream[1:], end])
+    np.testing.assert_array_equal(batch.targets[0][real][learned], after[learned])
 
 
 def test_cross_document_rows_are_one_stream(make, tokenizer, documents):
@@ -419,7 +448,7 @@ def test_a_row_is_encoded_once_while_there_is_room(documents):
         calls.append(index)
         return np.zeros(10)
 
-    encoded = Encoded(documents, encode, max_items=25)
+    encoded = Encoded(documents, encode, max_items=25 + 2 * OVERHEAD)
     for index in (0, 1, 2, 0, 1, 2):
         encoded[index]
     assert calls == [0, 1, 2, 2]  # the third did not fit and is encoded anew

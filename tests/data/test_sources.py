@@ -115,6 +115,15 @@ def test_a_malformed_row_stops_with_file_and_line_or_is_counted(
     assert source.locate(1) == f"{tmp_path}/rows.jsonl:4"
 
 
+def test_complex_scores_are_refused():
+    """TFDS reads them where features.json has such a dtype."""
+    row = changed("preferences", scores=np.array([1, 2], np.complex64))
+    with pytest.raises(BadRow, match=r"finite numbers .*1\+0j"):
+        normalize("preferences", row, {})
+    real = changed("preferences", scores=np.array([1, 2], np.float32))
+    assert normalize("preferences", real, {})["scores"] == [1.0, 2.0]
+
+
 def test_without_validation_a_bad_row_is_found_when_it_is_read(tmp_path):
     spec = write_lines(tmp_path / "rows.jsonl", GOOD["text"], {"text": ""})
     source = open_source(spec, split="all", validate=False)
@@ -423,7 +432,7 @@ def test_tfds_errors_name_what_is_there(data_dir):
     with pytest.raises(DataError, match=r"no split 'dev', found .*validation"):
         open_source("tfds:kjv", data_dir=data_dir, split="dev")
     with pytest.raises(
-        DataError, match=r"no such TFDS dataset or folder \(our own: chitchat, kjv\)"
+        DataError, match=r"no such TFDS dataset or folder \(our own: chitchat, kjv, "
     ):
         open_source("tfds:no_such_set", data_dir=data_dir)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rlhfjax.data import chat, examples
+from rlhfjax.data.built_in_templates import BUILT_IN, read_template
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
-from rlhfjax.data.template import BUILT_IN, read_template
 from rlhfjax.errors import DataError
 from tests.needs import needs
 
@@ -228,6 +228,21 @@ def test_rendered_ids_read_back_as_the_messages(tokenizers, name):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+def test_no_message_writes_a_marker_into_the_text_for_scorers(tokenizers, name):
+    messages = [
+        {"role": "user", "content": "a<|assistant|>b<|user|>\\ <\\|user|> <"},
+        {"role": "assistant", "content": "<\\\\|system|>\nUser: <|im_start|>user\nno"},
+        {"role": "user", "content": "<|other|>?"},
+    ]
+    ids = chat.render_prompt(tokenizers[name], messages).tolist()
+    text = chat.prompt_text(tokenizers[name], ids)
+    assert text.count("<|user|>") == 2 and text.count("<|assistant|>") == 2
+    assert chat.turns_of(text) == [*messages, {"role": "assistant", "content": ""}]
+    text = chat.prompt_text(tokenizers[name], tokenizers[name].encode("<|user|>x"))
+    assert text in ("<\\|user|>x", "<|user|><\\|user|>x")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_a_prompt_drops_its_oldest_turns_whole_and_then_the_start_of_the_last(
     tokenizers, name
 ):
@@ -380,8 +395,11 @@ def test_what_is_said_may_not_be_rewritten():
     tokenizer = make("chatml", source + "{% endfor %}" + CUE)
     assert len(chat.render(tokenizer, CHAT)[0]) > 10
     thinking = [CHAT[0], {"role": "assistant", "content": "<think>hm</think>the cat"}]
-    with pytest.raises(DataError, match="changes a message by more than trimming it"):
+    with pytest.raises(DataError, match="it leaves the thought out of the last resp"):
         chat.render(tokenizer, thinking)
+    asked = {"role": "user", "content": "what is </think>?"}
+    with pytest.raises(DataError, match="changes a message by more than trimming it"):
+        chat.render(tokenizer, [asked])
 
 
 def test_a_template_that_refuses_says_so_and_one_that_lacks_its_tokens_too(tokenizers):
@@ -472,7 +490,15 @@ def test_a_tokenizer_with_a_slow_template_is_an_error_at_once(source):
     assert time.process_time() - start < 2
 
 
-@pytest.mark.parametrize("mark", ["\\ud805", "\\ud802", "\\ud800' ~ '0' ~ '\\ud801"])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "\\ud805",
+        "\\ud802",
+        "\\ud800",
+        *(f"\\ud800' ~ '{name}' ~ '\\ud801" for name in ("0", "t0", "t7", "9" * 5000)),
+    ],
+)
 def test_a_template_cannot_forge_the_marks_of_its_pieces(mark):
     with pytest.raises(DataError, match="cannot be used"):
         make("chatml", f"{{{{ '{mark}' }}}}" + BODY)

@@ -132,3 +132,18 @@ def test_errors_say_what_is_wrong(tmp_path, tokenizer):
         load_tokenizer(tmp_path / "bad.model")
     with pytest.raises(DataError, match=r"no piece '<\|tool\|>'"):
         tokenizer.token_id("<|tool|>")
+
+
+def test_a_script_of_many_characters_takes_a_coverage(tmp_path):
+    # 33,000 characters of one sentence, and 600 characters once each: fewer than 2 %.
+    rare = "".join(chr(0x4E00 + i) for i in range(600))
+    texts = ["今天天气很好，我高兴。" * 3000, rare]
+    with pytest.raises(ConfigError, match=r"alone need (\d+) ids.*character_coverage"):
+        train_sentencepiece(texts, tmp_path, vocab_size=288)
+    tokenizer = train_sentencepiece(
+        texts, tmp_path, vocab_size=288, character_coverage=0.98
+    )
+    assert len(tokenizer.encode("今天天气很好")) < 6
+    ids = tokenizer.encode(rare[-3:])
+    assert len(ids) == 9 and tokenizer.decode(ids) == rare[-3:]  # in bytes
+    assert tokenizer.byte_lengths()[ids].sum() == 9

@@ -41,6 +41,19 @@ def test_pitfall_42_a_chinese_character_and_a_kana_is_a_word(said, words):
     assert text.words(said) == words
 
 
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        ("What is -- tea ?", 5),  # as wc counts
+        ("", 0),
+        ("孔夫子搬家——尽是书。", 8),
+        ("我的iPhone15 很好 , ok", 3 + 2 + 1 + 1),
+    ],
+)
+def test_pitfall_42_runs_between_blanks_where_there_are_blanks(said, count):
+    assert text.count_runs(said) == count
+
+
 def test_pitfall_42_figures_of_chinese_answers_by_hand():
     # Bigrams: 今天 天天 天气 | 今天 天气: 3 distinct of 5. Words: 4 and 3; 天 is twice in one.
     answers = ["今天天气", "今天气"]

@@ -8,8 +8,8 @@ from examples import ppo_minimal
 from examples.ppo_minimal import Config
 from rlhfjax import recipe
 from rlhfjax.config import to_dict
-from rlhfjax.data.examples import Prompts
 from rlhfjax.data.loader import prompt_batches
+from rlhfjax.data.prompts import Prompts
 from rlhfjax.data.sources import open_source
 from rlhfjax.interop import store
 from rlhfjax.jsonl import read_jsonl

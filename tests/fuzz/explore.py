@@ -127,7 +127,7 @@ def _ready(name: str, folder: Path) -> Iterator[tuple[Any, Any]]:
     from tests.fuzz.readers import find
 
     for descriptor in (1, 2):
-        file = os.open(folder / f"output{descriptor}", os.O_WRONLY | os.O_CREAT)
+        file = os.open(folder / f"output{descriptor}", os.O_RDWR | os.O_CREAT)
         os.dup2(file, descriptor)
     process._set_up_logging()
     work = folder / "work"

@@ -70,8 +70,10 @@ def judge(
     if seconds > SECONDS:
         return Finding("slow", "the call", f"{seconds:.1f} s of the CPU")
     if _written(1) > printed[0]:
-        return Finding("printed", "the call", "text on the standard output")
-    if _written(2) > printed[1] + PRINTED or len(caught) > WARNINGS:
+        return Finding("printed", "the call", _last(1, printed[0]))
+    if _written(2) > printed[1] + PRINTED:
+        return Finding("printed", "the call", _last(2, printed[1]))
+    if len(caught) > WARNINGS:
         return Finding("warnings", "the call", f"{len(caught)} warnings")
     return None
 
@@ -121,6 +123,13 @@ def _place(error: BaseException) -> str:
 def _written(descriptor: int) -> int:
     """Returns the bytes in the file that a standard stream is redirected to; else 0."""
     return os.fstat(descriptor).st_size
+
+
+def _last(descriptor: int, start: int) -> str:
+    """Returns the end of what was written from a place on."""
+    size = _written(descriptor) - start
+    text = os.pread(descriptor, size, start).decode(errors="replace")
+    return f"{size} bytes, at last {text[-200:]!r}"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ def read(folder, **options):
 
 
 def test_a_folder_without_the_file_says_nothing(tmp_path):
-    assert generation_config.read(tmp_path) == ({}, frozenset(), {})
+    assert generation_config.read(tmp_path) == ({}, {})
 
 
 def test_settings_of_published_models(tmp_path):
@@ -28,7 +28,7 @@ def test_settings_of_published_models(tmp_path):
         transformers_version="4.42.3",
     )
     assert llama3.settings == {"temperature": 0.6, "top_k": 50, "top_p": 0.9}
-    assert llama3.stop_ids == {128001, 128008, 128009} and not llama3.ignored
+    assert not llama3.ignored
     qwen = read(
         tmp_path,
         do_sample=True,
@@ -38,10 +38,15 @@ def test_settings_of_published_models(tmp_path):
         top_k=20,
         eos_token_id=151645,
     )
-    assert qwen.settings == {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
-    assert qwen.stop_ids == {151645} and qwen.ignored == {"repetition_penalty": 1.1}
+    assert qwen.settings == {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "repetition_penalty": 1.1,
+    }
+    assert not qwen.ignored
     smollm2 = read(tmp_path, _from_model_config=True, eos_token_id=2, pad_token_id=2)
-    assert smollm2 == ({}, frozenset({2}), {})
+    assert smollm2 == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,9 @@ def test_settings_of_published_models(tmp_path):
         ({"do_sample": False, "temperature": 0.9}, {"temperature": 0.0}),
         ({"temperature": 1, "top_p": None}, {"temperature": 1.0}),
         ({"max_new_tokens": 100, "max_length": 4096}, {"max_new_tokens": 100}),
+        ({"min_p": 0.05, "stop_strings": "a"}, {"min_p": 0.05, "stop": ("a",)}),
+        ({"stop_strings": ["a", "\n\n"]}, {"stop": ("a", "\n\n")}),
+        ({"stop_strings": []}, {}),
     ],
 )
 def test_do_sample_means_what_it_does_in_transformers(tmp_path, options, settings):
@@ -65,10 +73,15 @@ def test_other_types_and_options_that_we_lack_are_named(tmp_path):
         num_beams=4,
         typical_p=1.0,
         suppress_tokens=[],
-        eos_token_id=[True, "x"],
+        stop_strings=["a", ""],
     )
-    assert got.settings == {} and got.stop_ids == frozenset()
-    assert got.ignored == {"temperature": "0.6", "top_k": 1.5, "num_beams": 4}
+    assert got.settings == {}
+    assert got.ignored == {
+        "temperature": "0.6",
+        "top_k": 1.5,
+        "num_beams": 4,
+        "stop_strings": ["a", ""],
+    }
 
 
 def test_a_file_that_is_no_object_is_an_error(tmp_path):

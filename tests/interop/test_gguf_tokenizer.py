@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rlhfjax import chat as talking
 from rlhfjax.data import chat
-from rlhfjax.data.template import CHATML
+from rlhfjax.data.built_in_templates import CHATML
 from rlhfjax.errors import CheckpointError
 from rlhfjax.interop import foreign, store
 from rlhfjax.interop.gguf_tokenizer import gguf_tokenizer
@@ -78,6 +78,14 @@ def write(path: Path, pre: str = "smollm", model: str = "gpt2", **changes) -> Pa
     return path
 
 
+def test_ends_of_turns_and_of_messages_end_a_response_too(tmp_path):
+    file = write(tmp_path / "x.gguf", eos_token_id=0, eot_token_id=2, eom_token_id=1)
+    tokenizer = gguf_tokenizer(file)
+    assert tokenizer.eos_id == 2 and tokenizer.extra_eos_ids == (0, 1)
+    with pytest.raises(CheckpointError, match="eom_token_id is 9999"):
+        gguf_tokenizer(write(tmp_path / "y.gguf", eom_token_id=9999))
+
+
 CUT = "I'm 1234 x   ,,\n\nB"
 CUTS = {  # by hand, from each model's pattern
     "gpt-2": ["I", "'m", " 1234", " x", "  ", " ,,", "\n", "\n", "B"],
@@ -95,6 +103,24 @@ def test_each_pre_tokenizer_cuts_as_its_pattern_says(pre, tmp_path):
     for text in TEXTS:
         kept = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
         assert tokenizer.decode(tokenizer.encode(text)) == kept
+
+
+@pytest.mark.parametrize(
+    ("pre", "changes", "start"),
+    [
+        ("smollm", {}, ()),
+        ("llama-bpe", {}, (1,)),
+        ("llama-bpe", {"add_bos_token": False}, ()),
+        ("qwen2", {"add_bos_token": True}, (1,)),
+        ("qwen2", {"add_bos_token": True, "bos_token_id": None}, ()),
+    ],
+)
+def test_a_document_begins_with_a_bos_where_the_file_or_llama_3_says_so(
+    pre, changes, start, tmp_path
+):
+    tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf", pre, **changes))
+    assert tokenizer.document_start == start
+    assert tokenizer.document_end == 0 != tokenizer.eos_id
 
 
 def test_the_merges_and_the_specials_are_the_files(tmp_path):
@@ -130,12 +156,12 @@ def test_the_merges_and_the_specials_are_the_files(tmp_path):
     "changes, message",
     [
         (
-            {"model": "llama"},
-            r"tokenizer.ggml.model is 'llama'; accepted: 'gpt2', that is byte-level BPE",
+            {"model": "t5"},
+            r"tokenizer.ggml.model is 't5'; accepted: 'gpt2', that is byte-level BPE",
         ),
         (
             {"pre": "deepseek-llm"},
-            r"tokenizer.ggml.pre is 'deepseek-llm'; accepted: gpt-2, llama-bpe",
+            r"tokenizer.ggml.pre is 'deepseek-llm'; accepted: gpt-2, smollm, llama-bpe",
         ),
         ({"token_merges": None}, r"there is no tokenizer.ggml.merges"),
         ({"token_merges": ["a zz"]}, r"tokenizer.ggml.merges do not fit the tokens"),

@@ -21,7 +21,9 @@ from rlhfjax.interop.hf_config import read, write
 from rlhfjax.interop.names import Row
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig
+from rlhfjax.models.config import RopeScaling
 from rlhfjax.models.presets import PRESETS, preset
+from tests.interop.recent import RECENT
 from tests.models import families
 
 FAMILIES = families.FAMILIES | {
@@ -32,6 +34,7 @@ FAMILIES = families.FAMILIES | {
         families.FAMILIES["qwen2"], tie_embeddings=False
     ),
 }
+ALL = FAMILIES | RECENT
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "llama-gqa": "LlamaForCausalLM",
@@ -41,6 +44,18 @@ ARCHITECTURES = {
     "gpt1": "OpenAIGPTLMHeadModel",
     "gpt2": "GPT2LMHeadModel",
     "neox": "GPTNeoXForCausalLM",
+    "llama3": "LlamaForCausalLM",
+    "llama-linear": "LlamaForCausalLM",
+    "llama-yarn": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2-window": "Qwen2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 SMOLLM2 = {  # config.json of HuggingFaceTB/SmolLM2-135M-Instruct
     "architectures": ["LlamaForCausalLM"],
@@ -205,10 +220,10 @@ def altered(folder, tmp_path, config=None, **tensors):
 # ------------------------------------------------------------------ round trips
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_what_is_written_is_read_bit_for_bit(tmp_path, name):
     """Layers stacked or not, one file or several: the same tensors, and the same after reading."""
-    model = Model(FAMILIES[name])
+    model = Model(ALL[name])
     params = random_params(model)
     save_hf(tmp_path / "one", model, params)
     again, found = load_hf(tmp_path / "one", None)
@@ -289,6 +304,15 @@ def test_rows_by_hand():
     np.testing.assert_array_equal(
         out.join([kernel]), [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     )
+    fused = Row("qkv_proj", paths)  # grouped keys and values: one head of two
+    parts = [q, k[:, :1], v[:, :1]]
+    shapes = [part.shape for part in parts]
+    assert fused.shape(shapes) == (8, 3)
+    np.testing.assert_array_equal(
+        fused.join(parts)[:, 1], [4, 5, 6, 7, 104, 105, 204, 205]
+    )
+    for ours, again in zip(parts, fused.split(fused.join(parts), shapes), strict=True):
+        np.testing.assert_array_equal(ours, again)
     bias = Row("bias", paths, inputs=0, by_head=True)
     np.testing.assert_array_equal(
         bias.join([q[0], k[0], v[0]]), neox.join([q, k, v])[:, 0]
@@ -322,9 +346,10 @@ def test_every_preset_is_of_a_family(tmp_path):
             "init_std": config.init_std,
             "scale_residual_init": config.scale_residual_init,
         }
-        assert (
-            dataclasses.replace(described(tmp_path, values).config, **began) == config
-        ), name
+        found = described(tmp_path, values).config
+        assert found.head_dim == config.head_dim, name  # None is d_model / n_heads
+        began["d_head"] = config.d_head
+        assert dataclasses.replace(found, **began) == config, name
 
 
 def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
@@ -362,8 +387,8 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
     [
         (
             SMOLLM2,
-            {"architectures": ["MistralForCausalLM"]},
-            r"architectures = \['MistralForCausalLM'\].*Qwen2ForCau",
+            {"architectures": ["BloomForCausalLM"]},
+            r"architectures = \['BloomForCausalLM'\].*Qwen2ForCau",
         ),
         (SMOLLM2, {"architectures": None}, r"architectures = \[\]"),
         (
@@ -374,17 +399,27 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         (
             SMOLLM2,
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_scaling.rope_type = 'llama3'",
+            "there is no rope_scaling.low_freq_factor",
         ),
         (
             SMOLLM2,
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling.type = 'linear'",
+            {"rope_scaling": {"type": "linear"}},
+            "there is no rope_scaling.factor",
         ),
         (
             SMOLLM2,
             {"rope_parameters": {"rope_type": "yarn"}},
-            "rope_parameters.rope_type = 'yarn'",
+            "there is no rope_parameters.factor",
+        ),
+        (
+            SMOLLM2,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}},
+            "rope_scaling.mscale = 0.7",
+        ),
+        (
+            SMOLLM2,
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            "rope_type = 'dynamic' .*'default' or 'linear' or 'llama3' or 'yarn'",
         ),
         (SMOLLM2, {"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor = 2.0"),
         (
@@ -395,8 +430,8 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         (SMOLLM2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         (
             SMOLLM2,
-            {"attention_bias": True},
-            "mlp_bias = False .* that of attention_bias, True",
+            {"mlp_bias": True},
+            "mlp_bias = True .* true with attention_bias true",
         ),
         (SMOLLM2, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (SMOLLM2, {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
@@ -407,8 +442,8 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         ),
         (
             SMOLLM2,
-            {"rope_scaling": {"factor": 4.0, "type": "yarn"}},
-            "rope_scaling.type = 'yarn'",
+            {"rope_scaling": {"factor": 4.0, "type": "yarn", "rope_type": "linear"}},
+            "rope_scaling.type = 'yarn' .* elsewhere, linear",
         ),
         (
             SMOLLM2,
@@ -424,7 +459,7 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         ),
         (SMOLLM2, {"architectures": [["x"]]}, "architectures = .* accepted is one of"),
         (SMOLLM2, {"attention_dropout": False}, "attention_dropout = False"),
-        (QWEN, {"use_sliding_window": 0}, "use_sliding_window = 0 "),
+        (QWEN, {"use_sliding_window": 0}, "use_sliding_window is 0: expected bool"),
         (
             SMOLLM2,
             {"tie_word_embeddings": 1},
@@ -453,11 +488,20 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
             {"architectures": ["LlamaForSequenceClassification"]},
             "id2label = '2 labels' .* one",
         ),
-        (QWEN, {"use_sliding_window": True}, "use_sliding_window = True"),
         (
             QWEN,
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types = .* 'full_attention'",
+            "layer_types = .* a list of 24",
+        ),
+        (
+            QWEN,
+            {"layer_types": ["sliding_attention"] * 24},
+            "layer_types = .* none that slides without a window",
+        ),
+        (
+            QWEN,
+            {"layer_types": ["chunked_attention"] * 24},
+            "layer_types = 'chunked_attention' .* sliding_attention or full_attention",
         ),
         (
             GPT2,
@@ -502,7 +546,13 @@ def test_configs_that_our_transformer_cannot_express_are_refused(
     ("name", "change"),
     [
         ("llama", {"qkv_bias": True, "mlp": "gelu", "n_kv_heads": 1}),
-        ("llama", {"rope_fraction": 0.5, "d_head": 8}),
+        ("llama", {"rope_fraction": 0.5, "d_head": 8, "bias": True}),
+        ("phi3", {"rope_scaling": RopeScaling("linear", factor=2.0)}),
+        ("mistral", {"attention_softcap": 2.0}),
+        ("gemma3", {"attention_softcap": 2.0}),
+        ("gemma2", {"attention_scale": 0.3}),
+        ("gemma2", {"n_heads": 10, "d_head": 8}),
+        ("qwen2-window", {"attention_pattern": ("window", "full_no_rope")}),
         ("llama", {"norm": "layernorm"}),
         ("gpt2", {"n_kv_heads": 2}),
         ("gpt2", {"d_head": 8}),
@@ -513,10 +563,10 @@ def test_configs_that_our_transformer_cannot_express_are_refused(
     ],
 )
 def test_models_of_no_family_are_not_written(tmp_path, name, change):
-    config = dataclasses.replace(FAMILIES[name], **change)
+    config = dataclasses.replace(ALL[name], **change)
     with pytest.raises(
         ConfigError,
-        match="no architecture in llama, qwen2, gpt2, openai-gpt, gpt_neox is Transf",
+        match=r"no architecture in llama, qwen2, gpt2, .*mixtral has model\.\S+ = ",
     ):
         save_hf(tmp_path / "x", Model(config), {})
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import pytest
 from rlhfjax.interop.hf import load_hf, save_hf
 from rlhfjax.models import Model
 from rlhfjax.sampling import Sampling, generate
+from tests.interop.kinds import KINDS, VOCAB
 from tests.interop.test_hf import FAMILIES, random_params
 from tests.needs import needs
 
@@ -19,69 +20,7 @@ pytestmark = [
     needs("torch", "transformers", extra="transformers"),
 ]
 
-VOCAB, CONTEXT, NEW = 61, 96, 64
-LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": CONTEXT,
-}
-GPT = {
-    "vocab_size": VOCAB,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": CONTEXT,
-}
-KINDS = {  # what is built: the class of the config, and its values
-    "llama": ("LlamaConfig", LLAMA),
-    "smollm2": (
-        "LlamaConfig",
-        LLAMA
-        | {
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-            "rope_theta": 500.0,
-            "rms_norm_eps": 0.01,
-        },
-    ),
-    "llama-bias-wide": (
-        "LlamaConfig",
-        LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    ),
-    "qwen2": (
-        "Qwen2Config",
-        LLAMA
-        | {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6},
-    ),
-    "qwen2-untied": ("Qwen2Config", LLAMA | {"num_key_value_heads": 1}),
-    "gpt2": ("GPT2Config", GPT),
-    "gpt2-untied": (
-        "GPT2Config",
-        GPT
-        | {
-            "tie_word_embeddings": False,
-            "n_inner": 48,
-            "activation_function": "gelu",
-            "layer_norm_epsilon": 0.01,
-        },
-    ),
-    "gpt1": ("OpenAIGPTConfig", GPT),
-    "pythia": ("GPTNeoXConfig", LLAMA),  # a quarter of each head is rotated
-    "neox-sequential": (
-        "GPTNeoXConfig",
-        LLAMA
-        | {
-            "use_parallel_residual": False,
-            "tie_word_embeddings": True,
-            "hidden_act": "gelu_new",
-            "rotary_emb_base": 300.0,
-            "rotary_pct": 0.5,
-        },
-    ),
-}
+NEW = 64
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +39,7 @@ def transformers():
 
 def build(torch, transformers, kind, auto="AutoModelForCausalLM", **more):
     """Returns a model of theirs, all parameters random: a tensor in the wrong place shows."""
+    gain = 0.0 if kind.startswith("gemma") else 1.0  # Gemma multiplies by 1 + gain
     name, values = KINDS[kind]
     config = getattr(transformers, name)(
         **values, bos_token_id=None, eos_token_id=None, **more
@@ -108,7 +48,7 @@ def build(torch, transformers, kind, auto="AutoModelForCausalLM", **more):
     torch.manual_seed(0)
     with torch.no_grad():
         for name, x in model.named_parameters():
-            x.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2)
+            x.normal_(gain if "norm" in name or "ln_" in name else 0.0, 0.2)
     return model
 
 
@@ -236,7 +176,7 @@ def test_a_reward_scores_the_same_there(torch, transformers, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "smollm2", "qwen2", "gpt2", "gpt1", "pythia"]
+    "kind", ["llama", "smollm2", "qwen2", "gpt2", "gpt1", "pythia", "gemma3"]
 )
 def test_their_reward_scores_the_same_here(torch, transformers, tmp_path, kind):
     theirs = build(

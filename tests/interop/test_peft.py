@@ -137,7 +137,7 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
             load_peft(tmp_path, plain)
 
     refused("use_dora is True: accepted is False", {"use_dora": True})
-    refused("use_rslora is True", {"use_rslora": True})
+    refused("c_attn has its own scale, 5.0", {"use_rslora": True})  # 10 / sqrt(4)
     refused(
         r"transformer.h.0.attn.c_attn has its own scale, 4.0",
         {"alpha_pattern": {"c_attn": 16.0}},
@@ -201,9 +201,9 @@ def adapter(tmp_path_factory):
         ("modules_to_save", "score", "modules_to_save: input should be a valid list"),
         ("bias", "all", "bias is 'all': accepted is 'none'"),
         ("use_dora", 0, "use_dora is 0: accepted is False"),
-        ("use_rslora", "no", "use_rslora is 'no': accepted is False"),
+        ("use_rslora", "no", "use_rslora: input should be a valid boolean, got 'no'"),
         ("peft_type", "IA3", "peft_type is 'IA3': accepted is 'LORA'"),
-        ("lora_bias", True, "lora_bias is True: accepted is False"),
+        ("lora_bias", True, "lora_bias is True: accepted is None"),
         ("layer_replication", [[0, 2]], "layer_replication is .*: accepted is None"),
     ],
 )
@@ -226,7 +226,7 @@ B = A.replace("lora_A", "lora_B")
         ({A: (5, 24)}, rf"{B} is \[72, 4\], and by the model \[72, 5\]"),
         (
             {A: (5, 24), B: (72, 5)},
-            "an adapter of rank 5 is not one of rank 2 per part",
+            "c_attn has rank 5, and by adapter_config.json 4",
         ),
         ({A: (), B: (72,)}, rf"{A} is \[\]"),
         ({A: (0, 24), B: (72, 0)}, rf"{A} is \[0, 24\]"),

@@ -239,6 +239,11 @@ def test_a_secret_in_the_command_is_refused(cloud, capsys, monkeypatch):
             "--linger=soon: expected a time such as 90s",
         ),
         (
+            [*TPU, "--linger=9999d", "--", "true"],
+            2,
+            "--linger=9999d: expected a time such as 90s, 15m or 1h30m, at most 3650d",
+        ),
+        (
             [*TPU, "--gcloud=--labels=a=b", "--", "true"],
             2,
             "expected create:--FLAG or ssh:--FLAG",

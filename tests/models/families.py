@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.models import TransformerConfig
+from rlhfjax.models.config import RopeScaling
 
 SIZE = {
     "vocab_size": 61,
@@ -51,14 +52,62 @@ FAMILIES = {
         **SIZE, n_kv_heads=2, qkv_bias=True, rope_theta=1000.0, norm_eps=1e-6
     ),
 }
+# The further options of the families in use, many in one model.
+FEATURES = {
+    "gemma-like": TransformerConfig(
+        **SIZE | {"n_layers": 3, "init_std": 0.1},
+        n_kv_heads=2,
+        d_head=8,
+        attention_pattern=("window", "full", "full_no_rope"),
+        window=5,
+        window_rope_theta=50.0,
+        rope_scaling=RopeScaling(
+            "llama3", factor=4.0, original_length=24, high_frequency=3.0
+        ),
+        attention_scale=0.25,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        qk_norm="head",
+        norm_plus_one=True,
+        residual="sandwich",
+        mlp="geglu",
+        scale_embedding=True,
+    ),
+    "olmo-like": TransformerConfig(
+        **SIZE,
+        n_kv_heads=2,
+        d_head=8,
+        attention_pattern=("window",),
+        window=4,
+        rope_theta=100.0,
+        rope_scaling=RopeScaling("yarn", factor=3.0, original_length=64, beta_fast=8.0),
+        qk_norm="projection",
+        residual="norm_after",
+        attention_bias=True,
+        tie_embeddings=False,
+    ),
+    "moe": TransformerConfig(
+        **SIZE | {"d_ff": 16},
+        n_kv_heads=2,
+        qk_norm="head",
+        n_experts=6,
+        experts_per_token=2,
+        router_loss=0.01,
+        tie_embeddings=False,
+    ),
+}
+CONFIGS = FAMILIES | FEATURES
 # Each option once: "llama" is in "llama-gqa" and "neox" (all heads their own keys, an untied
 # output).
-DISTINCT = tuple(name for name in FAMILIES if name != "llama")
+DISTINCT = tuple(name for name in CONFIGS if name != "llama")
 # For what compiles much: two families that differ in positions, norms, heads and biases at once,
 # the others among the slow proofs.
 MOSTLY_SLOW = [
-    pytest.param(name, marks=[] if name in ("llama-gqa", "gpt2") else pytest.mark.slow)
-    for name in FAMILIES
+    pytest.param(
+        name,
+        marks=[] if name in ("llama-gqa", "gpt2", "gemma-like") else pytest.mark.slow,
+    )
+    for name in CONFIGS
 ]
 
 

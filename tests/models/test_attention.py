@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rlhfjax.models import attention
-from rlhfjax.models.attention import causal_attention, dropout, rope_tables, rotate
+from rlhfjax.models.attention import causal_attention, dropout
+from rlhfjax.models.rope import rope_tables, rotate
 
 
 def plain(q, k, v, segments):

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from rlhfjax.models import Model
-from tests.models.families import FAMILIES, MOSTLY_SLOW, random_params, tokens
+from rlhfjax.models.size import kv_cache_bytes
+from tests.models.families import (
+    CONFIGS,
+    FAMILIES,
+    FEATURES,
+    MOSTLY_SLOW,
+    random_params,
+    tokens,
+)
 
 PROMPT, NEW = 7, 6
 LENGTHS = (7, 1, 4, 2)
@@ -19,7 +27,7 @@ LENGTHS = (7, 1, 4, 2)
 
 @pytest.fixture(scope="module", params=MOSTLY_SLOW)
 def model(request):
-    return Model(FAMILIES[request.param])
+    return Model(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +155,7 @@ def test_the_last_position_is_that_of_the_whole_row(family):
     """Value and gradient, of rows padded on either side; the last layer is computed at that
     position alone.
     """
-    model = Model(FAMILIES[family])
+    model = Model(CONFIGS[family])
     params = random_params(model)
     rows = tokens(3, 9)
     segments = jnp.array([[0] * 4 + [1] * 5, [1] * 3 + [0] * 6, [1] * 9])
@@ -172,3 +180,30 @@ def test_the_last_position_is_that_of_the_whole_row(family):
         got,
         expected,
     )
+
+
+def test_a_window_bounds_its_layers_cache():
+    """Three layers, two key heads of 8: 5 entries in the window layer, 13 in the others."""
+    config = FEATURES["gemma-like"]
+    cache = Model(config).init_cache(2, 13)
+    shapes = [(2, 2, 5, 8), (2, 2, 13, 8), (2, 2, 13, 8)]
+    assert [x.shape for x in cache.k] == [x.shape for x in cache.v] == shapes
+    per_row = 2 * 2 * 8 * (5 + 13 + 13)
+    assert kv_cache_bytes(config, 2, 13, 4) == 2 * per_row * 4
+    # A window as long as the cache is no window.
+    assert Model(config).init_cache(1, 5).window_valid is None
+
+
+def test_a_long_prompt_leaves_its_last_tokens_in_the_window():
+    """Seven tokens in a ring of five: token e is at place e mod 5."""
+    model = Model(FEATURES["gemma-like"])
+    rows, segments = batch()
+    _, cache = jax.jit(model.prefill)(
+        random_params(model),
+        rows[:, :PROMPT],
+        segments[:, :PROMPT],
+        model.init_cache(4, 13),
+    )
+    whole, window = np.asarray(cache.valid), np.asarray(cache.window_valid)
+    for e in range(2, 7):
+        np.testing.assert_array_equal(window[:, e % 5], whole[:, e])

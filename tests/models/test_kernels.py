@@ -15,7 +15,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig, transformer
-from rlhfjax.models.attention import causal_attention
+from rlhfjax.models.attention import Scoring, causal_attention
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.supervised import validate_kernel
 from tests.models.families import random_params
@@ -65,6 +65,35 @@ def test_a_kernel_is_our_attention_and_so_is_its_gradient(kernel, packed):
         (got, pulled), (expected, pulled_ours) = both(q, k, v)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(pulled, pulled_ours, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+WINDOWS = {
+    "cudnn": {"window": 30, "scoring": Scoring(scale=0.4)},
+    "splash": {"window": 30, "scoring": Scoring(scale=0.4, softcap=1.5)},
+}
+
+
+@pytest.mark.parametrize(
+    "kernel", ["splash", pytest.param("cudnn", marks=pytest.mark.slow)]
+)
+def test_a_kernel_has_our_window_scale_and_cap(kernel):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (1, 4, 140, 16))
+    k, v = (jax.random.normal(key, (1, 2, 140, 16)) for key in keys[1:])
+
+    @jax.jit
+    def pulled(q, k, v):
+        def gradients(attend):
+            out = functools.partial(attend, **WINDOWS[kernel])
+            value, pull = jax.vjp(out, q, k, v)
+            return value, *pull(jnp.cos(value))
+
+        return gradients(KERNELS[kernel]), gradients(causal_attention)
+
+    with jax.default_matmul_precision("highest"):
+        got, expected = pulled(q, k, v)
+    for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 

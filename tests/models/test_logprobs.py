@@ -92,6 +92,144 @@ def test_logprobs_are_plain(tied, chunk, monkeypatch):
     close(*both(hidden, output))
 
 
+@CASES
+def test_ids_that_are_left_out_are_as_if_they_had_no_rows(tied, chunk, monkeypatch):
+    """In value and gradient, and their own rows have none; also where their logits are largest."""
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
+    hidden, output, targets, mask = case(tied)
+    targets = jnp.minimum(targets, 7)
+    rows = output if tied else output.T
+    rows = rows.at[8:].mul(40.0)
+
+    def whole(hidden, rows):
+        output = rows if tied else rows.T
+        return chunked.logprobs(hidden, output, targets, 0.7, tied=tied, ids=8)
+
+    def few(hidden, rows):
+        output = rows[:8] if tied else rows[:8].T
+        return chunked.logprobs(hidden, output, targets, 0.7, tied=tied)
+
+    def loss(fn):
+        def weighted(hidden, rows):
+            logprob, entropy = fn(hidden, rows)
+            return (logprob * mask).sum() + 0.3 * (entropy**2).sum(), (logprob, entropy)
+
+        return jax.value_and_grad(weighted, (0, 1), has_aux=True)
+
+    got, expected = jax.jit(lambda *x: [loss(f)(*x) for f in (whole, few)])(
+        hidden, rows
+    )
+    close(got, expected)
+    assert not got[1][1][8:].any() and got[1][1][:8].all()
+
+
+def two_models(tied, v=11):
+    keys = jax.random.split(jax.random.key(3), 4)
+    hiddens = tuple(2 * jax.random.normal(key, (3, 7, 5)) for key in keys[:2])
+    shape = (v, 5) if tied else (5, v)
+    return hiddens, tuple(jax.random.normal(key, shape) for key in keys[2:])
+
+
+def kl_in_float64(hiddens, outputs, temperature, ids, cap):
+    """sum_v p (log p - log q) position by position, from probabilities in float64."""
+    found = np.zeros(hiddens[0].shape[:2])
+    for place in np.ndindex(found.shape):
+        p, q = (
+            np.asarray(h, np.float64)[place] @ np.asarray(o, np.float64)
+            for h, o in zip(hiddens, outputs, strict=True)
+        )
+        if cap is not None:
+            p, q = cap * np.tanh(p / cap), cap * np.tanh(q / cap)
+        p, q = (np.exp(x[:ids] / temperature) for x in (p, q))
+        p, q = p / p.sum(), q / q.sum()
+        found[place] = sum(p * np.log(p / q))
+    return found
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@CASES
+def test_kl_over_the_vocabulary_is_plain(tied, chunk, cap, monkeypatch):
+    """At a temperature, and over the ids that are sampled; those left out have large logits."""
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
+    hiddens, outputs = two_models(tied)
+    rows = [o if tied else o.T for o in outputs]
+    rows = [o.at[8:].mul(40.0) for o in rows]
+    outputs = tuple(o if tied else o.T for o in rows)
+    how = chunked.Output(tied, cap)
+
+    def kl(hiddens, outputs):
+        return chunked.vocabulary_kl(hiddens, outputs, TEMPERATURE, how=how, ids=8)
+
+    got = jax.jit(kl)(hiddens, outputs)
+    expected = kl_in_float64(hiddens, [o.T for o in rows], TEMPERATURE, 8, cap)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    same = jax.jit(kl)(hiddens[:1] * 2, outputs[:1] * 2)
+    np.testing.assert_array_equal(same, 0)
+
+
+def test_kl_over_the_vocabulary_by_hand():
+    # p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2.
+    logits = [jnp.log(jnp.array([[x]])) for x in ([2.0, 1, 1], [1.0, 1, 2])]
+    found = chunked.vocabulary_kl(
+        tuple(logits), (jnp.eye(3),) * 2, how=chunked.Output(tied=True)
+    )
+    np.testing.assert_allclose(found, [[np.log(2) / 4]], rtol=1e-6)
+
+
+def test_pitfall_34_the_kl_of_models_that_are_close_is_not_rounding():
+    """Logits around 100 that differ by 1e-3: the KL is about 5e-7, never below 0."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 8, 64)) + 100
+    both = [logits, logits + 1e-3 * rng.normal(size=logits.shape)]
+    hiddens = tuple(jnp.array(x, jnp.float32) for x in both)
+    eyes = (jnp.eye(64),) * 2
+    found = chunked.vocabulary_kl(hiddens, eyes, how=chunked.Output(tied=True))
+    given = [np.asarray(x, np.float64) for x in hiddens]
+    p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in given)
+    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+    np.testing.assert_allclose(found, (p * np.log(p / q)).sum(-1), atol=1e-7)
+
+
+def test_whole_logits_of_two_models_never_live(monkeypatch, optimized):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * 1024)
+    hiddens, outputs = (jnp.ones((4, 32, 8)),) * 2, (jnp.ones((1024, 8)),) * 2
+
+    def kl(hiddens, outputs):
+        how = chunked.Output(tied=True)
+        return chunked.vocabulary_kl(hiddens, outputs, how=how).sum()
+
+    compiled = jax.jit(kl).lower(hiddens, outputs).compile()
+    whole = 4 * 32 * 1024 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
+
+
+@pytest.mark.parametrize(
+    ("axes", "tied"),
+    [
+        ({"data": 1, "fsdp": 4}, True),
+        ({"data": 1, "fsdp": 2, "tensor": 2}, False),
+        ({"data": 1, "fsdp": 2, "sequence": 2}, True),
+    ],
+)
+def test_the_kl_of_several_devices_is_that_of_one(axes, tied, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 3 * 11)
+    hiddens, outputs = two_models(tied, v=12)
+    hiddens = tuple(jnp.concatenate([h, h[:1]]) for h in hiddens)
+    how = chunked.Output(tied)
+
+    def kl(hiddens, outputs):
+        return chunked.vocabulary_kl(hiddens, outputs, TEMPERATURE, how=how, ids=8)
+
+    expected = jax.jit(kl)(hiddens, outputs)
+    layout = make_layout(MeshConfig(**axes))
+    with layout.use():
+        placed = jax.device_put(hiddens, layout.sharding("batch"))
+        matrices = jax.device_put(outputs, layout.replicated)
+        np.testing.assert_allclose(
+            jax.jit(kl)(placed, matrices), expected, rtol=1e-4, atol=1e-6
+        )
+
+
 def test_cross_entropy_by_hand():
     """Logits (0, ln 3): p = (1/4, 3/4); target 1 costs ln(4/3), target 0 costs ln 4, and the masked
     row nothing.

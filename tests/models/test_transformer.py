@@ -19,7 +19,15 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig, positions_of
 from rlhfjax.models.lora import LoraConfig
-from tests.models.families import DISTINCT, FAMILIES, SIZE, random_params, tokens
+from tests.models.families import (
+    CONFIGS,
+    DISTINCT,
+    FAMILIES,
+    FEATURES,
+    SIZE,
+    random_params,
+    tokens,
+)
 from tests.models.reference import forward
 
 ONE = [1] * 12
@@ -29,7 +37,7 @@ LEFT_PADDED = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 @pytest.fixture(scope="module", params=DISTINCT)
 def model(request):
-    return Model(FAMILIES[request.param])
+    return Model(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +159,7 @@ def test_pitfall_01_positions_count_real_tokens():
 @pytest.mark.parametrize("family", ["llama-gqa", "neox"])  # both norms
 def test_a_row_of_padding_is_finite(family):
     """Not NaN in the value or in the gradient, which one NaN anywhere would poison."""
-    model = Model(FAMILIES[family])
+    model = Model(CONFIGS[family])
     value_and_grad = loss_and_grad(
         model, random_params(model), jnp.array([[0] * 9, [1] * 9])
     )
@@ -238,6 +246,43 @@ def test_scan_and_remat_change_only_what_is_compiled_and_kept(remat, scan):
     assert ("remat" in str(program)) == (remat != "none")
 
 
+@pytest.mark.parametrize(
+    ("remat", "scan"), [("none", True), ("full", True), ("dots", False)], ids=str
+)
+def test_layers_of_several_kinds_are_chosen_at_run_time_too(remat, scan):
+    """Window, full and unrotated layers: the same loss and gradients scanned and recomputed."""
+    config = FEATURES["gemma-like"]
+    plain = Model(config)
+    other = Model(dataclasses.replace(config, remat=remat, scan_layers=scan))
+    params = random_params(plain)
+    value, grad = loss_and_grad(plain, params, TWO_DOCUMENTS)
+    params, grad = (stack(params), stack(grad)) if scan else (params, grad)
+    other_value, other_grad = loss_and_grad(other, params, TWO_DOCUMENTS)
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(other_grad), jax.tree.leaves(grad), strict=True):
+        # An element is a sum of terms as large as the largest element.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
+
+
+def test_capped_gradients_are_those_of_finite_differences():
+    """Of scores and logits: along the gradient, the loss rises by its squared norm."""
+    model = Model(FEATURES["gemma-like"])
+    params = random_params(model)
+    value, grad = loss_and_grad(model, params, TWO_DOCUMENTS)
+    size = sum(float((g**2).sum()) for g in jax.tree.leaves(grad))
+    step = 1e-4 / size**0.5
+    ends = [
+        loss_and_grad(
+            model,
+            jax.tree.map(lambda p, g, s=sign: p + s * step * g, params, grad),
+            TWO_DOCUMENTS,
+        )[0]
+        for sign in (-1, 1)
+    ]
+    np.testing.assert_allclose((ends[1] - ends[0]) / (2 * step), size, rtol=5e-3)
+    assert float(value) > 0
+
+
 # ------------------------------------------------------------------ bfloat16
 
 
@@ -249,7 +294,7 @@ def narrow(model):
     "family", ["llama-gqa", "neox"]
 )  # a tied output and one of its own
 def test_logits_bf16_are_float32(family):
-    model = Model(FAMILIES[family])
+    model = Model(CONFIGS[family])
     params, rows = random_params(model), (tokens(3, 12), jnp.array([ONE] * 3))
     logits = logits_of(narrow(model), params, *rows)
     assert logits.dtype == jnp.float32
@@ -272,7 +317,7 @@ def test_logits_bf16_are_float32(family):
 
 @pytest.mark.parametrize("family", ["llama-gqa", "neox"])
 def test_bf16_gradients_are_float32(family):
-    model = Model(FAMILIES[family])
+    model = Model(CONFIGS[family])
     params = random_params(model)
     grad = loss_and_grad(narrow(model), params, TWO_DOCUMENTS)[1]
     assert {x.dtype for x in jax.tree.leaves(grad)} == {jnp.dtype("float32")}
@@ -419,7 +464,7 @@ def test_init_standard_deviations():
     ],
 )
 def test_which_projections_have_a_bias(family, biased):
-    for layer in Model(FAMILIES[family]).shapes()["backbone"]["layers"].values():
+    for layer in Model(CONFIGS[family]).shapes()["backbone"]["layers"].values():
         projections = layer["attention"] | layer["mlp"]
         assert {
             name for name, leaves in projections.items() if "bias" in leaves
@@ -466,7 +511,7 @@ def test_scalar_is_hidden_times_kernel_plus_bias():
 
 @pytest.mark.parametrize("family", ["llama", "gpt1"])  # with a final norm and without
 def test_a_language_models_backbone_fits_a_scalar_model(family):
-    lm, scalar = (Model(FAMILIES[family], head).shapes() for head in ("lm", "scalar"))
+    lm, scalar = (Model(CONFIGS[family], head).shapes() for head in ("lm", "scalar"))
     assert lm["backbone"] == scalar["backbone"]
 
 
@@ -477,18 +522,16 @@ def test_a_language_models_backbone_fits_a_scalar_model(family):
     ids=lambda x: x,
 )
 def test_every_parameter_has_axis_names(family, head, scan):
-    model = Model(dataclasses.replace(FAMILIES[family], scan_layers=scan), head)
+    model = Model(dataclasses.replace(CONFIGS[family], scan_layers=scan), head)
     known = make_layout(MeshConfig()).rules
     pairs = jax.tree.map(lambda x, names: (x, names), model.shapes(), model.axes())
     for x, names in jax.tree.leaves(pairs, is_leaf=lambda y: isinstance(y, tuple)):
         assert len(names) == x.ndim
         assert all(name in known for name in names)
     if scan:
-        assert model.axes()["backbone"]["layers"]["mlp"]["up"]["kernel"] == (
-            "layers",
-            "embed",
-            "mlp",
-        )
+        experts = ("expert",) if model.config.n_experts else ()
+        up = model.axes()["backbone"]["layers"]["mlp"]["up"]
+        assert up["kernel"] == ("layers", *experts, "embed", "mlp")
 
 
 @pytest.mark.parametrize(
@@ -517,12 +560,18 @@ def test_shapes_are_those_of_init_and_every_caller_has_a_tree_of_its_own(scan, l
         pytest.param("gpt2", {"data": 1, "fsdp": 4}, False, marks=pytest.mark.slow),
         ("qwen2", {"data": 1, "tensor": 2, "fsdp": 2}, False),
         ("neox", {"data": 2, "tensor": 2}, True),
+        pytest.param(
+            "gemma-like", {"data": 2, "fsdp": 2}, True, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "olmo-like", {"data": 2, "tensor": 2}, False, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_four_devices_are_one(family, mesh, scan):
     if jax.device_count() < 4:
         pytest.skip("one device")
-    config = dataclasses.replace(FAMILIES[family], vocab_size=64, scan_layers=scan)
+    config = dataclasses.replace(CONFIGS[family], vocab_size=64, scan_layers=scan)
     model = Model(config)
     params = random_params(model)
     rows, targets = tokens(4, 8), tokens(4, 8, seed=2)
@@ -577,6 +626,34 @@ def test_four_devices_are_one(family, mesh, scan):
         ({"n_layers": 0}, "model.n_layers=0: expected int >= 1"),
         ({"d_head": -2}, "model.d_head=-2: expected int >= 1"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0: expected float >= 1.2e-38 and <= 1"),
+        ({"attention_pattern": ()}, "model.attention_pattern is empty"),
+        ({"window": 4}, "a width is needed if, and only if, a layer is"),
+        ({"attention_pattern": ("window",)}, "model.window = None"),
+        (
+            {"attention_pattern": ("full_no_rope",), "positions": "learned"},
+            "a full_no_rope layer: model.positions is 'learned'",
+        ),
+        ({"window_rope_theta": 10.0}, "no layer is a window"),
+        (
+            {"rope_scaling": {"kind": "yarn"}},
+            "model.rope_scaling.original_length is None",
+        ),
+        (
+            {"rope_scaling": {"low_frequency": 4.0}},
+            "model.rope_scaling.low_frequency = 4.0: must be below",
+        ),
+        (
+            {"rope_scaling": {"beta_slow": 32.0}},
+            "model.rope_scaling.beta_slow = 32.0: must be below",
+        ),
+        (
+            {"rope_scaling": {"factor": 0.5}},
+            "model.rope_scaling.factor=0.5: expected float >= 1",
+        ),
+        (
+            {"attention": "cudnn", "dtype": "bfloat16", "attention_softcap": 5.0},
+            "model.attention = 'cudnn' cannot cap scores",
+        ),
         (
             {"norm": "other"},
             "model.norm='other': expected one of 'rmsnorm', 'layernorm'",

@@ -199,3 +199,17 @@ def test_frozen_models_are_beside_an_update():
     assert left["score"] == pytest.approx(one + state, rel=0.01)
     assert left["rollout"] == pytest.approx(one + reward + state - one, rel=0.01)
     assert left["know"] == pytest.approx(reward + state - one - reward, rel=0.01)
+
+
+def test_a_rollout_in_the_decode_layout_gathers_no_weights_and_has_them_twice():
+    """FSDP over 16 of v5e: gathered for 1024 tokens, 2 N / 200 GB/s each; else sent once."""
+    axes = {**ONE, "fsdp": 16}
+    training, decode = (
+        estimate.estimate(a_ppo(rollout_layout=layout), axes, CHIPS["v5e"], phase=phase)
+        for layout, phase in (("training", "rollout"), ("decode", "rollout"))
+    )
+    gathered = 1024 * 2 * N * 15 / 16 / CHIPS["v5e"].ici
+    assert 0.5 * gathered < training.seconds - decode.seconds < gathered
+    n = estimate.decode_size(a_ppo(rollout_layout="decode"), a_ppo().workload(), axes)
+    assert decode.parts["weights of rollouts"] == 2 * N / n
+    assert decode.parts["KV cache"] == training.parts["KV cache"]

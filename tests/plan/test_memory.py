@@ -1,5 +1,7 @@
 """Memory by hand: against published numbers, against real models, and against the paper."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -7,6 +9,7 @@ from rlhfjax.models import size
 from rlhfjax.models.presets import PRESETS, preset
 from rlhfjax.models.transformer import Model
 from rlhfjax.plan import memory
+from tests.models.families import FEATURES
 
 LLAMA = preset("llama2-7b")
 
@@ -19,6 +22,13 @@ def test_the_count_by_hand_is_that_of_the_model(name, head):
     config = preset(name, scan_layers=True)
     tree = jax.eval_shape(Model(config, head).init, jax.random.key(0))
     assert memory.parameters(config, head) == sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_count_by_hand_has_every_option(name):
+    model = Model(FEATURES[name])
+    leaves = jax.tree.leaves(model.shapes())
+    assert memory.parameters(model.config) == sum(x.size for x in leaves)
 
 
 def test_llama_2_7b_by_hand():
@@ -68,6 +78,15 @@ def test_eq_1_of_korthikanti_for_a_gpt_with_dropout():
     assert parts["mlp"] == 19 * sbh and parts["norms"] == 4 * sbh  # section 4.1
     assert parts["attention"] + parts["scores"] == 11 * sbh + 5 * a * 2048**2 * 4
     assert memory.korthikanti(c, 4, 2048) == 24 * sum(parts.values())
+
+
+def test_kernels_keep_no_scores():
+    """But the log-sum-exp of each query and head, 4 bytes; all else is as it was."""
+    plain = size.layer_activations(LLAMA, batch=2, time=32768)
+    kernel = dataclasses.replace(LLAMA, attention="splash")
+    parts = size.layer_activations(kernel, batch=2, time=32768)
+    assert plain["scores"] == 2 * 2 * 32 * 32768**2  # 137 GB
+    assert parts == plain | {"scores": 4 * 2 * 32 * 32768}
 
 
 def test_eq_1_of_korthikanti_for_gpt3():

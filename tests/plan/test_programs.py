@@ -14,6 +14,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.footprint import Net
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models.lora import LoraConfig
+from rlhfjax.models.presets import preset
 from rlhfjax.plan import compiled, memory, programs, shapes
 from rlhfjax.roles import Role
 from tests import tiny
@@ -392,6 +393,8 @@ def test_what_cannot_be_planned():
         shapes.subject(NOWHERE, "tokenizer")
     with pytest.raises(ConfigError, match="config argument 'depth' is unknown"):
         shapes.parse_model("tiny:depth=3")
+    longer = shapes.parse_model("llama2-7b:max_length=8192,rope_theta=5e5")
+    assert longer == preset("llama2-7b", max_length=8192, rope_theta=5e5)
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["batch_size"] = 6
     layout = make_layout(MeshConfig(data=4), jax.devices()[:4])
@@ -399,3 +402,18 @@ def test_what_cannot_be_planned():
         ConfigError, match=r"sft.batch_size=6 is not divisible by the 4 devices"
     ):
         programs.step_programs(shapes.subject(config, "sft"), layout)
+
+
+def test_a_rollout_in_the_decode_layout_is_planned_with_its_resharding():
+    """The weights are inputs of `rollout` alone, as `reshard` leaves them; then they are freed."""
+    values = {**NOWHERE["ppo"], "rollout_layout": "decode", "rollout_tensor": 2}
+    subject = shapes.subject({**NOWHERE, "ppo": values}, "ppo")
+    layout = make_layout(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    step = programs.step_programs(subject, layout)
+    assert [program.name for program in step.programs] == ["reshard", *POLICY]
+    reshard, rollout = step.programs[:2]
+    sizes = [compiled.sharded_bytes(program.inputs) for program in step.programs[:2]]
+    assert 1.5 * sizes[0] < sizes[1] < 2.5 * sizes[0]  # over 2 devices instead of 4
+    held = compiled.held_by_others(rollout, step.held)
+    assert held > compiled.held_by_others(reshard, step.held)
+    assert "decode" in rollout.inputs[0].sharding.mesh.axis_names

@@ -57,7 +57,7 @@ def test_an_interrupted_command_has_written_what_fits(table, monkeypatch, capsys
         scale.update([])
     assert scale.read() == ("1.2.3", {FIRST: "new", THIRD: "third"})
     assert capsys.readouterr().out.splitlines() == [
-        f"[1/38] {FIRST}: new, it fits (12 s)", f"[2/38] {SECOND}: {SECOND} does not fit",
+        f"[1/39] {FIRST}: new, it fits (12 s)", f"[2/39] {SECOND}: {SECOND} does not fit",
     ]  # fmt: skip
 
 

@@ -149,6 +149,36 @@ EVALUATION = {
 }
 
 
+CORPUS = {
+    "kind": "text",
+    "sources": [
+        {
+            "spec": f"jsonl:{NASTY}",
+            "weight": 0.5,
+            "rows": 1000,
+            "skipped": 3,
+            "left": 720,
+            "files": "{split}/00-*.jsonl",
+        }
+    ],
+    "filters": [
+        {"name": "language", "removed": 200, "left": 800},
+        {"name": "near", "removed": 80, "left": 720},
+    ],
+    "splits": {"train": 700, "test": 20},
+    "words": {"train": 9000, "test": 300},
+    "cut": 7,
+    "ignored": 2,
+    "quality_auc": 0.9123,
+    "languages": {"en": 800, "de": 200},
+    "lengths": {"before": [10, 490, 300, 200, 0], "after": [0, 400, 320, 0, 0]},
+    "examples": {
+        "language": [{"place": NASTY, "text": NASTY, "why": "de, probability 0.99"}],
+        "near": [{"place": "x:2", "text": "a b", "why": "", "like": NASTY}],
+    },
+}
+
+
 def make_recipe(root):
     """A finished recipe of seven stages."""
     rng = np.random.default_rng(0)

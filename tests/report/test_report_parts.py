@@ -29,6 +29,7 @@ from rlhfjax.report.downloads import csv_text, drawing
 from rlhfjax.report.rollouts import rollouts
 from rlhfjax.report.workdir import read_run
 from tests.report.made_up_run import (
+    CORPUS,
     EVALUATION,
     NASTY,
     comparisons,
@@ -104,6 +105,7 @@ def make_run(root):
     shown = [{"step": step, **ROLLOUT} for step in (1, 1, *range(10, 101, 10))]
     (root / "05_ppo" / SAMPLES_FILE).write_text(lines(*shown))
     parameters = START | {"parameters": {"policy": 1234567}}
+    (root / "00_tokenizer" / "corpus.json").write_text(json.dumps(CORPUS))
     (root / provenance.FILE).write_text(lines(START, START | {"clean": False}))
     (root / "05_ppo" / provenance.FILE).write_text(lines(parameters))
     return root

@@ -22,6 +22,7 @@ VALID[1, 2:] = VALID[2, 3:] = VALID[5, 1:] = 0  # K = 2, 3 and 1
 LABELS[6] = 1.0  # all tied
 VALID_J = jnp.asarray(VALID)
 NAMES = LossConfig.__annotations__["name"].__args__
+CENTERED = [name for name in NAMES if name != "best_of_k"]
 
 
 def log_sigmoid(x):
@@ -135,7 +136,8 @@ def test_pitfall_17_microbatches_of_unequal_pair_counts_accumulate_to_the_batch(
         "labels": jnp.asarray(LABELS),
         "valid": jnp.asarray(VALID),
     }
-    loss = make_loss(LossConfig(name=name))
+    centering = 0.1 if name in CENTERED else 0.0
+    loss = make_loss(LossConfig(name=name, centering=centering))
 
     def of_batch(params, part, key):
         return loss(part["x"] @ params["w"], part["labels"], part["valid"])
@@ -148,6 +150,51 @@ def test_pitfall_17_microbatches_of_unequal_pair_counts_accumulate_to_the_batch(
         )
         np.testing.assert_allclose(some["w"], whole["w"], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(parts["loss"], pairs["loss"], rtol=1e-6)
+
+
+def centering_by_loops(name, same=None):
+    """(sum, weight) of (r_i + r_j)^2 over the pairs of a loss, tied ones where it has them."""
+    total = weight = 0.0
+    for p in range(P):
+        r, y = REWARDS[p].astype(float), LABELS[p].astype(float)
+        pairs = [
+            (i, j)
+            for i, j in pairs_of(p, same)
+            if name in ("soft", "half_ties", "rao_kupper") or y[i] != y[j]
+        ]
+        squares = [(r[i] + r[j]) ** 2 for i, j in pairs]
+        if name in ("kwise", "plackett_luce"):
+            squares = [np.mean(squares)] if squares else []
+        total, weight = total + sum(squares), weight + len(squares)
+    return total, weight
+
+
+@pytest.mark.parametrize("name", CENTERED)
+def test_centering_adds_the_square_of_the_sum_of_each_pair(name):
+    config = LossConfig(name=name, centering=0.3)
+    for same in (None, TWINS):
+        arrays = (REWARDS, LABELS, VALID, same)
+        loss, metrics = jax.jit(make_loss(config))(*arrays)
+        plain, _ = jax.jit(make_loss(LossConfig(name=name)))(*arrays)
+        total, weight = centering_by_loops(name, same)
+        np.testing.assert_allclose(loss, plain + 0.3 * total / weight, rtol=1e-5)
+        np.testing.assert_allclose(metrics["centering"], (total, weight), rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"][1], weight, rtol=1e-6)
+
+
+def test_centering_by_hand_decides_the_constant_that_a_comparison_leaves_open():
+    # Rewards 3 and 1: -log sigmoid(2) = 0.126928 and 0.5 * 4^2 = 8; the slope of the shift is
+    # 0.5 * 2 * 4 * 2 = 8.
+    loss = make_loss(LossConfig(name="bradley_terry", centering=0.5))
+    labels, valid = jnp.array([[1.0, 0.0]]), jnp.ones((1, 2))
+
+    def shifted(c, loss):
+        return loss(jnp.array([[3.0, 1.0]]) + c, labels, valid)[0]
+
+    value, slope = jax.value_and_grad(shifted)(0.0, loss)
+    np.testing.assert_allclose([value, slope], [8.126928, 8.0], rtol=1e-6)
+    assert jax.grad(shifted)(-2.0, loss) == 0  # rewards 1 and -1
+    assert jax.grad(shifted)(0.0, make_loss(LossConfig(name="bradley_terry"))) == 0
 
 
 TWINS = np.arange(P * K, dtype=np.int32).reshape(P, K) % K

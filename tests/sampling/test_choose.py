@@ -16,6 +16,7 @@ from rlhfjax.sampling.choose import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalize_seen,
 )
 
 cdf = jax.jit(inverse_cdf)
@@ -156,6 +157,10 @@ def test_greedy_is_the_first_largest_with_its_plain_logprob():
         ({"top_k": -1}, "top_k=-1: must be >= 0"),
         ({"top_p": 0.0}, "top_p=0.0: must be > 0"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": 1.1}, "min_p=1.1: must be >= 0 and <= 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be > 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
+        ({"stop": ("a", "")}, "stop='': must not be empty"),
     ],
 )
 def test_impossible_settings_say_why(settings, words):
@@ -182,3 +187,25 @@ def test_min_p_counts_after_temperature_and_in_the_logprob():
     weights = np.sqrt([0.8, 0.1, 0.1])
     picked = np.log(weights / weights.sum())
     np.testing.assert_allclose(logprobs, picked, rtol=1e-5)
+
+
+def test_the_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    logits = jnp.array([[3.0, -1.0, 0.0, 3.0], [2.0, -2.0, 1.0, -3.0]])
+    seen = jnp.array([[True, True, True, False], [False, True, True, False]])
+    expected = [[2.0, -1.5, 0.0, 3.0], [2.0, -3.0, 1 / 1.5, -3.0]]
+    np.testing.assert_allclose(penalize_seen(logits, seen, 1.5), expected, rtol=1e-6)
+
+
+def test_the_repetition_penalty_comes_before_temperature_and_is_in_the_logprob():
+    """Logits 4 and 2 of a seen and a new token: penalty 2 makes them equal, at any temperature."""
+    logits = jnp.asarray(rows([4.0, 2.0], 2))
+    seen = jnp.asarray(rows([True, False], 2), bool)
+    u = jnp.array([0.49, 0.51])
+    settings = sampling(temperature=0.5, repetition_penalty=2.0)
+    tokens, logprobs = choose(logits, u, settings, seen)
+    assert tokens.tolist() == [0, 1]
+    np.testing.assert_allclose(logprobs, np.log(0.5), rtol=1e-6)
+    greedy = sampling(temperature=0.0, repetition_penalty=4.0)
+    tokens, logprobs = choose(logits, u, greedy, seen)
+    assert tokens.tolist() == [1, 1]
+    np.testing.assert_allclose(logprobs, -np.log1p(np.exp(-1)), rtol=1e-6)

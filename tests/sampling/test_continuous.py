@@ -17,7 +17,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model
 from rlhfjax.sampling import Samples, generate
 from rlhfjax.sampling.continuous import refill_size
-from tests.models.families import FAMILIES, random_params
+from tests.models.families import CONFIGS, FAMILIES, random_params
 from tests.sampling.test_generate import (
     EOS,
     NEW,
@@ -33,7 +33,7 @@ from tests.sampling.test_generate import (
 
 FIRST = [
     pytest.param(name, marks=[] if name == "llama-gqa" else pytest.mark.slow)
-    for name in FAMILIES
+    for name in CONFIGS
 ]
 
 
@@ -87,7 +87,7 @@ def test_continuous_is_static(family):
     """11 prompts of every length through 3 slots: with responses of different lengths, the same
     tokens.
     """
-    model = Model(FAMILIES[family])
+    model = Model(CONFIGS[family])
     params, rows, drawn = random_params(model), left_padded(LENGTHS), keys(len(LENGTHS))
     endless = run(model, params, *rows, drawn, eos_id=-1)
     eos = eos_that_ends(endless)
@@ -186,9 +186,9 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
     rows = left_padded((1, 5, 5, 5, 5, 5))
     calls, decode = [], Model.decode
 
-    def counted(self, params, token, position, slot, cache):
+    def counted(self, params, token, position, slot, cache, count):
         jax.debug.callback(lambda s: calls.append(int(s)), slot)
-        return decode(self, params, token, position, slot, cache)
+        return decode(self, params, token, position, slot, cache, count)
 
     monkeypatch.setattr(Model, "decode", counted)
     settings = sampling(temperature=0.0, decode_batch=2)

@@ -15,19 +15,28 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model
 from rlhfjax.sampling import Samples, Sampling, generate, stream
 from rlhfjax.sampling.choose import choose
-from tests.models.families import DISTINCT, FAMILIES, MOSTLY_SLOW, random_params, tokens
+from tests.models.families import (
+    CONFIGS,
+    DISTINCT,
+    FAMILIES,
+    MOSTLY_SLOW,
+    random_params,
+    tokens,
+)
 
 EOS, PAD, NEW, PROMPT = 1, 0, 10, 7
 LENGTHS = (7, 1, 4, 6)
 UNIT = [
     ("llama-gqa", 1.3),
     ("gpt2", 0.0),
-]  # families and temperatures that are not left to the slow proofs
+]  # families and temperatures that are not left to other proofs
+# Greedy tokens are of the logits that the sampled ones are drawn from.
+REST = {0.0: pytest.mark.nightly, 1.3: pytest.mark.slow}
 
 
 @pytest.fixture(scope="module", params=MOSTLY_SLOW)
 def made(request):
-    model = Model(FAMILIES[request.param])
+    model = Model(CONFIGS[request.param])
     return model, random_params(model)
 
 
@@ -197,14 +206,14 @@ def uncached(model, params, prompts, segments, keys, temperature):
         pytest.param(
             family,
             temperature,
-            marks=[] if (family, temperature) in UNIT else pytest.mark.slow,
+            marks=[] if (family, temperature) in UNIT else REST[temperature],
         )
         for family in DISTINCT
         for temperature in (0.0, 1.3)
     ],
 )
 def test_pitfall_05_cached_is_uncached(family, temperature):
-    model = Model(FAMILIES[family])
+    model = Model(CONFIGS[family])
     params, (prompts, segments) = random_params(model), left_padded()
     got = run(model, params, prompts, segments, keys(4), temperature=temperature)
     expected = uncached(model, params, prompts, segments, keys(4), temperature)

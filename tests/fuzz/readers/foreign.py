@@ -12,10 +12,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rlhfjax.data.template import BUILT_IN, CHATML, Template
+from rlhfjax.data.built_in_templates import BUILT_IN, CHATML
+from rlhfjax.data.template import Template
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.interop import foreign, gguf_tokenizer, hf, peft
 from rlhfjax.interop import gguf as our_gguf
+from rlhfjax.interop.hf_config import write
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
@@ -26,6 +28,7 @@ from tests.fuzz.inputs import (
     sized_json_bytes,
 )
 from tests.fuzz.readers.table import Table, file_reader, text_reader
+from tests.interop.recent import RECENT
 
 TABLE: Table = {}
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -89,6 +92,7 @@ def hf_config_seeds(seeds: Sequence[bytes]) -> Any:
         values | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         values | {"id2label": {"0": "reward"}, "num_labels": 1},
         values | {"quantization_config": {"bits": 4}, "sliding_window": None},
+        *(write(Model(config), "float32", {})[1] for config in RECENT.values()),
     ]
     return json_bytes([*seeds, *(json.dumps(value).encode() for value in more)])
 
@@ -98,17 +102,17 @@ file_reader(
     "hf_config",
     hf_config_seeds,
     functools.partial(_hf, "config.json"),
-    examples=150,
+    examples=75,
 )
 file_reader(
-    TABLE, "hf_index", json_bytes, functools.partial(_hf, hf.INDEX), examples=80
+    TABLE, "hf_index", json_bytes, functools.partial(_hf, hf.INDEX), examples=40
 )
 file_reader(
     TABLE,
     "safetensors",
     sized_json_bytes,
     functools.partial(_hf, hf.WEIGHTS),
-    examples=150,
+    examples=75,
 )
 
 
@@ -153,10 +157,10 @@ def _named(seeds: Sequence[bytes]) -> Any:
 
 
 for _name, _file, _strategy, _count in (
-    ("hf_tokenizer", FILE, json_bytes, 40),
-    ("hf_tokenizer_config", CONFIG_FILE, _named, 60),
-    ("hf_special_tokens", MAP_FILE, json_bytes, 60),
-    ("hf_template_file", TEMPLATE_FILE, binary_bytes, 60),
+    ("hf_tokenizer", FILE, json_bytes, 20),
+    ("hf_tokenizer_config", CONFIG_FILE, _named, 30),
+    ("hf_special_tokens", MAP_FILE, json_bytes, 30),
+    ("hf_template_file", TEMPLATE_FILE, binary_bytes, 30),
 ):
     _read = functools.partial(_tokenizer, _file)
     file_reader(TABLE, _name, _strategy, _read, examples=_count)
@@ -177,14 +181,14 @@ def _peft(file: str, folder: Path) -> tuple[Path, list[bytes], Callable]:
 
 
 file_reader(
-    TABLE, "peft_config", json_bytes, functools.partial(_peft, peft.CONFIG), examples=80
+    TABLE, "peft_config", json_bytes, functools.partial(_peft, peft.CONFIG), examples=40
 )
 file_reader(
     TABLE,
     "peft_weights",
     sized_json_bytes,
     functools.partial(_peft, peft.WEIGHTS),
-    examples=80,
+    examples=40,
 )
 
 # ------------------------------------------------------------------ GGUF
@@ -216,6 +220,48 @@ def write_gguf(path: Path) -> bytes:
     layer |= dict.fromkeys(("attn_q", "attn_k", "attn_v"), (8, 8))
     layer |= {"ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16)}
     shapes |= {f"blk.0.{name}": shape for name, shape in layer.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def write_scored_gguf(path: Path) -> bytes:
+    """Writes a small Gemma 3 with a tokenizer that has scores, and returns the file's bytes."""
+    pieces = ["\u2581", "a", "b", "\u2581a", "ab", "\u2581ab"]
+    in_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = ["<pad>", *SPECIALS[1:3], "<unk>", *in_bytes, *pieces]
+    kinds = [3] * 3 + [2] + [6] * 256 + [1] * len(pieces)
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_block_count(2)
+    writer.add_context_length(32)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_key_length(4)
+    writer.add_layer_norm_rms_eps(0.01)
+    writer.add_sliding_window(8)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types(kinds)
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(CHATML)
+    norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+    layer = dict.fromkeys(norms, (8,)) | {"attn_q_norm": (4,), "attn_k_norm": (4,)}
+    layer |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (8, 8))
+    layer |= {"ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16)}
+    shapes = {"token_embd": (len(tokens), 8), "output_norm": (8,)}
+    shapes |= {f"blk.{i}.{x}": shape for i in range(2) for x, shape in layer.items()}
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
     writer.write_header_to_file()
@@ -273,7 +319,8 @@ def _gguf_bytes(seeds: Sequence[bytes]) -> Any:
 def _gguf(read: Callable[[Path], Any]) -> Callable:
     def prepare(folder: Path) -> tuple[Path, list[bytes], Callable]:
         file = folder / "x.gguf"
-        return file, [write_gguf(file)], lambda: read(file)
+        seeds = [write_gguf(file), write_scored_gguf(file)]
+        return file, seeds, lambda: read(file)
 
     return prepare
 
@@ -283,14 +330,14 @@ file_reader(
     "gguf_model",
     _gguf_bytes,
     _gguf(lambda file: our_gguf.load_gguf(file)),
-    examples=100,
+    examples=50,
 )
 file_reader(
     TABLE,
     "gguf_tokenizer",
     _gguf_bytes,
     _gguf(lambda file: use(gguf_tokenizer.gguf_tokenizer(file))),
-    examples=100,
+    examples=50,
 )
 
 # ------------------------------------------------------------------ chat templates
@@ -336,4 +383,4 @@ def _render(source: str) -> None:
 
 
 _SOURCES = [CHATML, BUILT_IN["llama2"].replace("[INST]", "<|im_start|>")]
-text_reader(TABLE, "chat_template", _SOURCES[:1], JINJA, _render, "[}%]}", examples=100)
+text_reader(TABLE, "chat_template", _SOURCES[:1], JINJA, _render, "[}%]}", examples=50)

@@ -62,7 +62,7 @@ for _name, (_call, _seeds) in ONES.items():
         _seeds[:1],
         (*_seeds, *NUMBERS),
         _call,
-        examples=120,
+        examples=60,
         accepted=REFUSED,
     )
 _launch_words(

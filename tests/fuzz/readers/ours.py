@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhfjax import checkpoint, json_text, jsonl, metrics, recipe
+from rlhfjax import checkpoint, claims, json_text, jsonl, metrics, recipe
 from rlhfjax.clock import Clock
 from rlhfjax.config import to_dict
 from rlhfjax.data.tokenizer import train_sentencepiece
@@ -72,7 +72,7 @@ file_reader(
     TABLE, "jsonl", lines_bytes, _lines(lambda file: list(jsonl.located_rows(file)))
 )
 file_reader(TABLE, "jsonl_unfinished", lines_bytes, _lines(jsonl.read_jsonl))
-file_reader(TABLE, "jsonl_text", binary_bytes, _lines(jsonl.read_jsonl), examples=100)
+file_reader(TABLE, "jsonl_text", binary_bytes, _lines(jsonl.read_jsonl), examples=50)
 
 # ------------------------------------------------------------------ workdirs
 
@@ -147,7 +147,7 @@ def _config(folder: Path) -> tuple[Path, list[bytes], Callable]:
     seeds = dumped(values, {"stage": "sft"})
 
     def read() -> None:
-        recipe.compare(folder, values)
+        claims.compare(folder, values)
 
     file = folder / "config.json"
     file.write_bytes(seeds[0])
@@ -173,8 +173,8 @@ def _values(folder: Path) -> Trial:
 file_reader(TABLE, "metrics_on_resume", lines_bytes, _metrics)
 file_reader(TABLE, "done_json", json_bytes, _done)
 file_reader(TABLE, "goodput_json", json_bytes, _goodput)
-file_reader(TABLE, "config_json", json_bytes, _config, examples=100)
-TABLE["config_values"] = Reader(_values, examples=100)
+file_reader(TABLE, "config_json", json_bytes, _config, examples=50)
+TABLE["config_values"] = Reader(_values, examples=50)
 
 # ------------------------------------------------------------------ reports
 

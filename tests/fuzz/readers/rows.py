@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhfjax.data import chat
+from rlhfjax.data import chat, chinese, forms
 from rlhfjax.data.preferences import read_preferences, write_preferences
 from rlhfjax.data.rows import COLUMNS, BadRow, normalize
 from rlhfjax.data.sources import Source, open_source
@@ -19,6 +19,9 @@ from rlhfjax.rewards.rankings import read_rankings
 from rlhfjax.rewards.rules import read_metadata
 from rlhfjax.stages import import_rankings
 from rlhfjax.stages.tamer import read_feedback
+from tests import jionlp
+from tests.data import test_tools
+from tests.data.row_forms import GOLDEN
 from tests.fuzz.inputs import binary_bytes, json_bytes, lines_bytes, text_bytes
 from tests.fuzz.readers.ours import TEXTS
 from tests.fuzz.readers.table import (
@@ -36,12 +39,18 @@ TABLE: Table = {}
 USER = {"role": "user", "content": "who sat on the mat?"}
 TURNS = [USER, {"role": "assistant", "content": "the cat sat."}]
 PAIR = {name: name for name in ("chosen", "rejected")}  # columns of a preference
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"x": {"type": "number"}, "y": None}},
+}
 ROWS = {
     "text": [{"text": "the cat sat"}, {"text": "é🙂"}],
     "messages": [
         {"messages": TURNS},
         {"messages": '[{"role": "user", "content": "hi"}]'},
         {"messages": TURNS, "prompt_tokens": [1, 2], "response_tokens": [3]},
+        {"messages": test_tools.RAW},
+        {"messages": test_tools.RAW, "tools": [TOOL, {"name": "f"}]},
     ],
     "prompt": [{"prompt": "who?"}, {"prompt": [USER]}, {"prompt": "[1] who?"}],
     "preferences": [
@@ -55,6 +64,12 @@ ROWS = {
             "completion_tokens": [[7], [8, 9]],
         },
     ],
+    "unpaired": [GOLDEN["unpaired"].raw],
+    "steps": [
+        GOLDEN["steps"].raw,
+        {"messages": [USER], "steps": ["a", "b"], "labels": [1, 0.5]},
+        {"messages": "who?", "steps": ["a"], "labels": [True]},
+    ],
 }
 
 
@@ -64,7 +79,7 @@ def read_all(source: Source) -> None:
         source.locate(i)
 
 
-def _read_twice(spec: str, **options: Any) -> None:
+def read_twice(spec: str, **options: Any) -> None:
     """Reads all rows of a source, leaving bad ones out, and then up to the first bad one."""
     with contextlib.suppress(UserError):
         read_all(open_source(spec, split="all", on_bad_row="skip", **options))
@@ -73,7 +88,7 @@ def _read_twice(spec: str, **options: Any) -> None:
 
 def _json_lines(kind: str, folder: Path) -> tuple[Path, list[bytes], Callable]:
     def read() -> None:
-        _read_twice(f"jsonl:{folder}/x.jsonl", kind=kind)
+        read_twice(f"jsonl:{folder}/x.jsonl", kind=kind)
 
     return folder / "x.jsonl", [lines(*ROWS[kind])], read
 
@@ -91,22 +106,41 @@ def _row(kind: str, folder: Path) -> Trial:
     return Trial(seeds, json_bytes(seeds), call)
 
 
+def _form(form: str, folder: Path) -> Trial:
+    """A row of one form, which is read as its kind and as a prompt."""
+
+    def call(content: bytes) -> None:
+        value = parse(content)
+        if isinstance(value, dict):
+            forms.Reader(None, {})(value)
+            with contextlib.suppress(BadRow):
+                forms.Reader(None, {}, form)(value)
+            forms.Reader("prompt", {}, form)(value)
+
+    seeds = dumped(GOLDEN[form].raw)
+    return Trial(seeds, json_bytes(seeds), call)
+
+
 def _texts(documents: str, folder: Path) -> tuple[Path, list[bytes], Callable]:
     def read() -> None:
-        _read_twice(f"text:{folder}/x.txt", kind="text", documents=documents)
+        read_twice(f"text:{folder}/x.txt", kind="text", documents=documents)
 
     return folder / "x.txt", ["The cat.\nIt sat é.\n\n\nWho?\n".encode()], read
 
 
 for _kind in COLUMNS:
     _read = functools.partial(_json_lines, _kind)
-    file_reader(TABLE, f"jsonl_source_{_kind}", lines_bytes, _read, examples=120)
+    file_reader(TABLE, f"jsonl_source_{_kind}", lines_bytes, _read, examples=60)
     TABLE[f"row_{_kind}"] = Reader(
         functools.partial(_row, _kind), 200, (BadRow, NotJson)
     )
+for _name in GOLDEN:
+    if _name not in COLUMNS:
+        _read = functools.partial(_form, _name)
+        TABLE[f"form_{_name}"] = Reader(_read, 60, (BadRow, NotJson))
 for _documents in ("file", "paragraph", "line"):
     _read = functools.partial(_texts, _documents)
-    file_reader(TABLE, f"text_source_{_documents}", binary_bytes, _read, examples=60)
+    file_reader(TABLE, f"text_source_{_documents}", binary_bytes, _read, examples=30)
 
 
 @functools.cache
@@ -196,7 +230,7 @@ def _principles(folder: Path) -> tuple[Path, list[bytes], Callable]:
     return folder / "x.txt", [text], lambda: read_lines(str(folder / "x.txt"))
 
 
-def _conversations(folder: Path) -> Trial:
+def _conversations(rows: list[Any], room: int, folder: Path) -> Trial:
     """Rows of messages, rendered with our own template and cut to a length."""
     model = tokenizer(folder)
 
@@ -206,13 +240,23 @@ def _conversations(folder: Path) -> Trial:
             return
         row = normalize("messages", value, {})
         chat.render(model, row["messages"])
-        chat.render_prompt(model, row["messages"], 24)
+        chat.render_prompt(model, row["messages"], room)
 
-    seeds = dumped(*ROWS["messages"])
+    seeds = dumped(*rows)
     return Trial(seeds, json_bytes(seeds), call)
 
 
-files_reader(TABLE, "preferences_folder", _preferences, examples=60)
+def _package_table(folder: Path) -> tuple[Path, list[bytes], Callable]:
+    """A table of jionlp, which is text in a ZIP file."""
+    jionlp.write_table(folder, "x", [("高兴", "1.愉快。"), ("边境", "é")])
+    file = folder / "x.zip"
+    return file, [file.read_bytes()], lambda: list(chinese.rows_of(file, "x"))
+
+
+file_reader(
+    TABLE, "package_table", binary_bytes, _package_table, accepted=(ValueError,)
+)
+files_reader(TABLE, "preferences_folder", _preferences, examples=30)
 file_reader(TABLE, "rankings", lines_bytes, _rankings)
 file_reader(TABLE, "tamer_feedback", lines_bytes, _feedback)
 file_reader(TABLE, "rule_metadata", lines_bytes, _metadata)
@@ -222,4 +266,10 @@ file_reader(
     lambda seeds: text_bytes([s.decode() for s in seeds]),
     _principles,
 )
-TABLE["conversations"] = Reader(_conversations, 150, (BadRow, NotJson))
+_plain, _with_tools = ROWS["messages"][:-2], ROWS["messages"][-2:]
+for _name, _rows, _room in (
+    ("conversations", _plain, 24),
+    ("conversations_with_tools", _with_tools, 1000),
+):
+    _read = functools.partial(_conversations, _rows, _room)
+    TABLE[_name] = Reader(_read, 150, (BadRow, NotJson))

@@ -24,7 +24,7 @@ class Reader(NamedTuple):
     """A reader and how it is tried."""
 
     make: Callable[[Path], Trial]  # prepares an empty folder
-    examples: int = 200  # inputs in CI: about a second
+    examples: int = 100  # inputs in CI: about half a second
     accepted: tuple[type, ...] = ()  # exceptions that are right beside UserError
 
 

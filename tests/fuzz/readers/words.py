@@ -298,7 +298,7 @@ PYTHON = (
         "raise SystemExit\n",
         "raise ValueError\n",
     ),
-    *("raise KeyboardInterrupt\n", "1/0\n", "print('x')\n", "(", "\t", "    ", "\x0c"),
+    *("1/0\n", "print('x')\n", "(", "\t", "    ", "\x0c"),
     *("import sys; sys.exit(3)\n", "return", "yield", "None", "3", "()", "{}", "[]"),
     *(
         "def get_config(arg=None):\n    from ml_collections import ConfigDict\n"

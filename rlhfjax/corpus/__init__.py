@@ -1,0 +1,1 @@
+"""Filters of raw text: language, quality, duplicates, prompts of one user, evaluation text."""
