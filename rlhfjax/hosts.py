@@ -38,7 +38,7 @@ _COORDINATED = (
     "MEGASCALE_COORDINATOR_ADDRESS",
     "RLHFJAX_JOIN",
 )
-_FAILED = "rlhfjax/failed"  # the key under which a failing host leaves its reason
+_FAILED = "rlhfjax/failed"  # the key under which the first host that fails leaves its reason
 _GRACE = 2.0  # seconds for a host to report by itself an error that all hosts found
 # How long a host waits for the first one, which may work for days; a lost host ends the wait.
 _WAIT_MS = 7 * 24 * 3600 * 1000
@@ -52,6 +52,7 @@ _LOST = (
 )
 _calls = itertools.count()
 _ending = threading.Lock()  # taken by whatever ends this process, and never released
+_listener: list[threading.Thread] = []  # waits for the failure of another host
 _exit_codes: list[int] = []  # the code of the failure whose message has been printed
 
 
@@ -94,7 +95,8 @@ def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
         _exit_on_abort(None)
         return
     _exit_on_abort(HostLost.message)
-    threading.Thread(target=_listen, name="hosts", daemon=True).start()
+    _listener.append(threading.Thread(target=_listen, name="hosts", daemon=True))
+    _listener[0].start()
 
 
 def _initialize(heartbeat_timeout: int, join_timeout: int) -> None:
@@ -312,9 +314,16 @@ class Vote:
 
 
 def leave() -> None:
-    """Waits for the other hosts at the end of a successful run, so that none counts as lost."""
+    """Waits for the other hosts at the end of a successful run, so that none counts as lost.
+
+    Ends the listening thread first: a thread that returns from JAX's client while Python shuts down
+    ends the process with SIGSEGV.
+    """
     if count() > 1:
         _ending.acquire(blocking=False)
+        _tell(index(), b"")
+        for thread in _listener:
+            thread.join()
         jax.distributed.shutdown()
 
 
@@ -324,11 +333,10 @@ def fail(message: str, code: int) -> NoReturn:
         time.sleep(60)  # another thread is ending this process already
     _print(message)
     _exit_codes.append(code)
-    try:
-        failure = pickle.dumps((index(), message, code))
-        _client().key_value_set_bytes(_FAILED, failure)
-    except Exception as e:  # another host failed before, or the first one is gone
-        del e
+    failure = pickle.dumps((index(), message, code))
+    if _set(_FAILED, failure):
+        for host in range(count()):
+            _tell(host, failure)
     if first():
         time.sleep(2 * _GRACE)  # it serves what the others still have to read
     os._exit(code)
@@ -352,13 +360,32 @@ def _print(message: str) -> None:
     print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
 
 
+def _tell(host: int, failure: bytes) -> None:
+    """Ends the wait of a host's `_listen`; b"" if nothing failed."""
+    _set(f"{_FAILED}/{host}", failure)
+
+
+def _set(key: str, value: bytes) -> bool:
+    """Returns whether the value was stored: not if the key is set or the first host is gone."""
+    try:
+        _client().key_value_set_bytes(key, value)
+    except Exception as e:
+        del e
+        return False
+    return True
+
+
 def _listen() -> None:
     """Waits until a host fails, then ends this one too, unless it is about to end by itself."""
     try:
-        failure = _client().blocking_key_value_get_bytes(_FAILED, _WAIT_MS)
+        failure = _client().blocking_key_value_get_bytes(
+            f"{_FAILED}/{index()}", _WAIT_MS
+        )
     except Exception as e:
         # The run is over, or the first host is gone, which `_exit_on_abort` reports.
         del e
+        return
+    if not failure:  # this host leaves
         return
     host, message, code = pickle.loads(failure)
     time.sleep(_GRACE)

@@ -161,6 +161,7 @@ def test_a_rule_may_fail_for_a_share_of_the_whole_batch(as_hosts):
 # A host of two that scores seven rows; argv: the host whose rule fails.
 HOST = """
 import sys
+import threading
 import jax.numpy as jnp
 from rlhfjax import hosts, process
 from rlhfjax.errors import DataError
@@ -182,6 +183,8 @@ def command():
     print([float(x) for x in scores], metrics, len(scorer.calls[0]), flush=True)
 
 process.run(command)
+# A thread that still waits for the other hosts would end this one with SIGSEGV.
+assert "hosts" not in [thread.name for thread in threading.enumerate()]
 """
 
 
