@@ -39,7 +39,7 @@ def add(config: ConfigDict, **stages: ConfigDict) -> ConfigDict:
 
 
 def sampling(seed: int = 0) -> dict[str, Any]:
-    """Returns Returns prompt_length, max_new_tokens and temperature of the quickstart."""
+    """Returns prompt_length, max_new_tokens and temperature of the quickstart."""
     return {name: quickstart(seed).collect[name] for name in SAMPLING}
 
 
