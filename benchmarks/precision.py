@@ -4,14 +4,17 @@
     python -m benchmarks.precision --seeds=2 --size=smoke
 
 The quickstart runs once per seed and dtype, one after the other; the same command continues where
-it stopped. The table has the held-out losses of pretraining and fine-tuning in nats per token, and
-the policy's gold reward and KL after PPO, each with the interval of its difference over the seeds
-(Student's, pairs of equal seeds). The two losses pass if their intervals lie within +- BOUND.
+it stopped. With --rows=FILE.jsonl a finished run is a line of that file, and runs that are in it
+are not run again: they may come from several machines. The table has the held-out losses of
+pretraining and fine-tuning in nats per token, and the policy's gold reward and KL after PPO, each
+with the interval of its difference over the seeds (Student's, pairs of equal seeds). The two
+losses pass if their intervals lie within +- BOUND.
 """
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +22,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from rlhfjax import paths, recipe
+from benchmarks import machine
+from rlhfjax import json_text, jsonl, paths, recipe
 from rlhfjax.evals.stats import Interval, mean_interval
 from rlhfjax.experiment import load
 from rlhfjax.paths import Path
@@ -36,6 +40,9 @@ SHOWN = {
     "evaluate/gold_difference": "gold reward of the policy minus that of the SFT model",
     "evaluate/kl": "KL to the reference, nats per response",
 }
+
+
+METRICS = (*LOSSES, *SHOWN)
 
 
 class Row(NamedTuple):
@@ -61,7 +68,7 @@ def compare(
       ValueError: there are fewer than two seeds.
     """
     rows = []
-    for name in (*LOSSES, *SHOWN):
+    for name in METRICS:
         if not all(name in metrics for pair in runs for metrics in pair):
             continue
         first, second = (tuple(float(pair[i][name]) for pair in runs) for i in (0, 1))
@@ -70,12 +77,41 @@ def compare(
     return rows
 
 
-def run(seed: int, dtype: str, size: str, workdir: Path) -> dict[str, float]:
-    """Runs the quickstart, or continues it, and returns its last metrics."""
+def run(seed: int, dtype: str, size: str, workdir: Path) -> dict[str, Any]:
+    """Runs the quickstart, or continues it, and returns a row: what ran, where, and METRICS."""
     config = load(f"{RECIPE}:size={size},seed={seed}").config()
     config.pretrain.model.dtype = dtype
     folder = workdir / f"{dtype}_{seed}"
-    return recipe.run(config, folder, cache=workdir / "cache")
+    metrics = recipe.run(config, folder, cache=workdir / "cache")
+    return {
+        "size": size,
+        "seed": seed,
+        "dtype": dtype,
+        "metrics": {name: metrics[name] for name in METRICS if name in metrics},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine.describe(),
+    }
+
+
+def read_rows(file: Path | None, size: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """Returns the file's rows of a size by seed and dtype; none without a file."""
+    rows = [] if file is None else jsonl.read_jsonl(file)
+    return {(row["seed"], row["dtype"]): row for row in rows if row["size"] == size}
+
+
+def run_or_read(
+    asked: Sequence[tuple[int, str]], size: str, workdir: Path, file: Path | None
+) -> dict[tuple[int, str], dict[str, Any]]:
+    """Returns a row of each seed and dtype that is asked for; appends new ones to the file."""
+    rows = read_rows(file, size)
+    for seed, dtype in asked:
+        if (seed, dtype) in rows:
+            continue
+        row = rows[seed, dtype] = run(seed, dtype, size, workdir)
+        if file is not None:
+            with file.open("a") as out:
+                out.write(json_text.encode(row, file) + "\n")
+    return {key: rows[key] for key in asked}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -108,16 +144,20 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--size", choices=("full", "smoke"), default="full")
     parser.add_argument("--workdir", default="runs/precision")
+    parser.add_argument("--rows", default="", help="file of finished runs")
     options: Any = parser.parse_args(argv)
     if options.seeds < 2:
         parser.error(f"--seeds={options.seeds}: expected at least 2")
-    workdir = paths.path(options.workdir)
-    runs = []
-    for seed in range(options.seeds):
-        first, second = (run(seed, dtype, options.size, workdir) for dtype in DTYPES)
-        runs.append((first, second))
-    rows = compare(runs)
+    file = paths.path(options.rows) if options.rows else None
+    asked = [(seed, dtype) for seed in range(options.seeds) for dtype in DTYPES]
+    done = run_or_read(asked, options.size, paths.path(options.workdir), file)
+    first, second = (
+        [done[s, d]["metrics"] for s, d in asked if d == x] for x in DTYPES
+    )
+    rows = compare(list(zip(first, second, strict=True)))
     print(table(rows))
+    where = {machine.sentence(row["machine"]): None for row in done.values()}
+    print("\n".join(["run on:", *where]))
     losses = [row for row in rows if row.name in LOSSES]
     return 0 if all(row.is_within(BOUND) for row in losses) else 1
 

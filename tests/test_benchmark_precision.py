@@ -48,3 +48,33 @@ def test_a_metric_that_a_run_lacks_has_no_row():
     pair = ({"evaluate/kl": 1.0, "sft/val_loss": 2.0}, {"sft/val_loss": 2.0})
     rows = precision.compare([pair, pair])
     assert [row.name for row in rows] == ["sft/val_loss"]
+
+
+def test_a_run_whose_row_is_kept_is_not_run_again(monkeypatch, tmp_path):
+    started = []
+
+    def run(seed, dtype, size, _workdir):
+        started.append((seed, dtype))
+        loss = 2.0 + seed + 0.001 * (dtype != "float32")
+        return {
+            "size": size,
+            "seed": seed,
+            "dtype": dtype,
+            "metrics": {"sft/val_loss": loss},
+            "machine": precision.machine.describe(),
+        }
+
+    monkeypatch.setattr(precision, "run", run)
+    file = tmp_path / "rows.jsonl"
+    precision.run_or_read([(1, "float32")], "full", tmp_path, file)
+    precision.run_or_read([(0, "float32")], "smoke", tmp_path, file)
+    words = ["--seeds=2", f"--rows={file}", f"--workdir={tmp_path}"]
+    assert precision.main(words) == 0
+    assert precision.main(words) == 0
+    kept, other_size, *rest = started
+    assert (kept, other_size) == ((1, "float32"), (0, "float32"))
+    assert rest == [
+        (0, "float32"),
+        (0, "bfloat16_products"),
+        (1, "bfloat16_products"),
+    ]
