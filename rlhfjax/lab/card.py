@@ -5,7 +5,6 @@ primary comparison, or with a comparison that no data could decide, is an error.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -13,13 +12,14 @@ from typing import Any, Literal
 from rlhfjax.errors import ConfigError
 from rlhfjax.experiment import Experiment
 from rlhfjax.json_text import shown
-from rlhfjax.lab.outcomes import Across, Value
+from rlhfjax.lab.outcomes import Across, Value, source
 
 NAME = "STUDY"  # of an experiment file
 MOST_PRIMARY = 3
 FEWEST_SEEDS = 2  # a standard deviation needs two
 
 Expected = Literal["greater", "less", "equal"]
+Scale = Literal["linear", "log", "sqrt"]
 Points = tuple[tuple[float, float], ...]
 
 
@@ -82,10 +82,14 @@ class Shape:
     x: str = ""
     y: str = ""
     """Labels of the axes."""
+    x_scale: Scale = "linear"
     source: str = ""
     """Where the points are from."""
 
     def __post_init__(self) -> None:
+        _validate_scale(self.x_scale)
+        if not self.lines:
+            raise ConfigError("study: the paper's shape: expected lines of points")
         for label, points in self.lines.items():
             _validate_points(points, f"study: the paper's line {shown(label)}")
 
@@ -101,7 +105,7 @@ class Figure:
     title: str
     x_label: str = ""
     y_label: str = ""
-    x_scale: Literal["linear", "log", "sqrt"] = "linear"
+    x_scale: Scale = "linear"
     conditions: tuple[str, ...] = ()
     """The conditions to draw; empty: all."""
     lines: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -110,10 +114,7 @@ class Figure:
     """The paper's figure: its shape, or in words."""
 
     def __post_init__(self) -> None:
-        if self.x_scale not in ("linear", "log", "sqrt"):
-            raise ConfigError(
-                f"study: drawing: x_scale={shown(self.x_scale)}: must be linear, log or sqrt"
-            )
+        _validate_scale(self.x_scale)
         if self.x and self.lines:
             raise ConfigError(
                 "study: drawing: lines go with a value, not with x; conditions are the lines"
@@ -197,21 +198,10 @@ def rule(study: Study) -> dict[str, Any]:
     return {
         "seeds": study.seeds,
         "conditions": {name: dict(x) for name, x in study.conditions.items()},
-        "values": {name: _source(value) for name, value in study.values.items()},
+        "values": {name: source(value) for name, value in study.values.items()},
         "primary": [dataclasses.asdict(x) for x in study.primary],
         "requires": [dataclasses.asdict(x) for x in study.requires],
     }
-
-
-def _source(value: Value) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Across):
-        return value.text
-    try:
-        return inspect.getsource(value).strip()
-    except (OSError, TypeError):  # it was not read from a file
-        return value.__qualname__
 
 
 # ------------------------------------------------------------------ validation
@@ -275,6 +265,13 @@ def _validate_known(names: Iterable[str], known: Iterable[str], where: str) -> N
             raise ConfigError(
                 f"{where} {shown(name)} is unknown; known: {', '.join(known) or 'none'}"
             )
+
+
+def _validate_scale(scale: str) -> None:
+    if scale not in ("linear", "log", "sqrt"):
+        raise ConfigError(
+            f"study: drawing: x_scale={shown(scale)}: must be linear, log or sqrt"
+        )
 
 
 def _validate_points(points: Points, where: str) -> None:

@@ -50,24 +50,22 @@ def paper(study: Study) -> Drawing | None:
     shape = study.drawing.paper if study.drawing else ""
     if not isinstance(shape, Shape):
         return None
-    columns: dict[str, list[Any]] = {"line": [], "x": [], "y": []}
+    rows = [(label, x, y) for label, points in shape.lines.items() for x, y in points]
+    names, xs, ys = zip(*rows, strict=True)
     with matplotlib.rc_context(STYLE):
         svg, axes = axes_of(*SIZE)
         for i, (label, points) in enumerate(shape.lines.items()):
             x, y = zip(*points, strict=True)
             _, _, marker, _ = mark(2 * i)
-            style = {"color": MUTED, "marker": marker, "ms": 3, "lw": 1.3, "mew": 0}
-            axes.plot(x, y, ls=DASHES[i % len(DASHES)], label=_label(label), **style)
-            for column, values in zip(columns, ([label] * len(x), x, y), strict=True):
-                columns[column] += values
-        _scale(axes, study.drawing.x_scale if study.drawing else "linear", x_of(shape))
-        axes.set(xlabel=_label(shape.x), ylabel=_label(shape.y))
+            style: Any = {"color": MUTED, "marker": marker, "ms": 3}
+            style |= {"lw": 1.3, "mew": 0, "ls": DASHES[i % len(DASHES)]}
+            axes.plot(x, y, label=_label(label), **style)
+        _scale(axes, shape.x_scale, xs)
+        axes.set(xlabel=_label(shape.x))
+        axes.set(ylabel=_label(shape.y))
         axes.legend(fontsize=7)
+        columns = {"line": names, "x": xs, "y": ys}
         return drawing("paper", render(svg), columns)
-
-
-def x_of(shape: Shape) -> list[float]:
-    return [x for points in shape.lines.values() for x, _ in points]
 
 
 # ------------------------------------------------------------------ what is drawn
@@ -92,13 +90,21 @@ def _points(card: Figure, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     """Returns the points of a run at the steps that both of its curves have."""
     if card.y not in outcome.curves:
         return np.zeros(0), np.zeros(0)
-    steps, values = outcome.curves[card.y]
-    y = dict(zip(steps, values, strict=True))
-    x = dict(zip(steps, steps, strict=True))
+    y = _by_step(outcome.curves[card.y])
+    x = {step: step for step in y}
     if card.x != "step":
-        x = dict(zip(*outcome.curves.get(card.x, ([], [])), strict=True))
-    shared = [s for s in y if s in x and math.isfinite(x[s]) and math.isfinite(y[s])]
-    return np.array([x[s] for s in shared]), np.array([y[s] for s in shared])
+        x = _by_step(outcome.curves.get(card.x, ([], [])))
+    shared = [step for step in y if step in x]
+    return (
+        np.array([x[step] for step in shared]),
+        np.array([y[step] for step in shared]),
+    )
+
+
+def _by_step(series: outcomes.Series) -> dict[float, float]:
+    """Returns {step: value}, without values that are not finite."""
+    pairs = zip(*series, strict=True)
+    return {step: value for step, value in pairs if math.isfinite(value)}
 
 
 def _values(study: Study, card: Figure, found: Sequence[Outcome]) -> Iterable[Line]:
@@ -106,28 +112,33 @@ def _values(study: Study, card: Figure, found: Sequence[Outcome]) -> Iterable[Li
     by_condition = _by_condition(found, card.conditions)
     lines = card.lines or {"": {name: i for i, name in enumerate(by_condition)}}
     for label, places in lines.items():
-        rows = {
-            place: measured(study, card.y, by_condition[name])
-            for name, place in sorted(places.items(), key=lambda item: item[1])
-            if name in by_condition
-        }
-        rows = {place: row for place, row in rows.items() if row}
-        if not rows:
-            continue
-        bands = [_band(np.array([[y] for y in row.values()])) for row in rows.values()]
-        seeds: dict[str, tuple[list[float], list[float]]] = {}
-        for place, row in rows.items():
-            for seed, y in row.items():
-                xs, ys = seeds.setdefault(seed, ([], []))
-                xs.append(place)
-                ys.append(y)
-        yield Line(
-            label,
-            x=np.array(list(rows), np.float64),
-            seeds={seed: (np.array(x), np.array(y)) for seed, (x, y) in seeds.items()},
-            mean=np.array([mean[0] for mean, _ in bands]),
-            half=np.array([half[0] for _, half in bands]),
-        )
+        rows: dict[float, dict[str, float]] = {}
+        for name in sorted(places, key=places.__getitem__):
+            row = measured(study, card.y, by_condition.get(name, []))
+            if row:
+                rows[places[name]] = row
+        if rows:
+            yield _line(label, rows)
+
+
+def _line(label: str, rows: Mapping[float, Mapping[str, float]]) -> Line:
+    """Returns the line of {x: {seeds: y}}."""
+    bands = []
+    seeds: dict[str, tuple[list[float], list[float]]] = {}
+    for place, row in rows.items():
+        column = np.array([*row.values()])[:, None]
+        bands.append(_band(column))
+        for seed, y in row.items():
+            xs, ys = seeds.setdefault(seed, ([], []))
+            xs.append(place)
+            ys.append(y)
+    return Line(
+        label,
+        x=np.array(list(rows), np.float64),
+        seeds={seed: (np.array(x), np.array(y)) for seed, (x, y) in seeds.items()},
+        mean=np.array([mean[0] for mean, _ in bands]),
+        half=np.array([half[0] for _, half in bands]),
+    )
 
 
 def measured(study: Study, name: str, here: Sequence[Outcome]) -> dict[str, float]:
@@ -197,17 +208,20 @@ def _draw(axes: Axes, line: Line, i: int, joined: bool) -> None:
     color = (FIRST, SECOND)[i % 2]
     _, _, marker, _ = mark(i)
     dashes = DASHES[i // 2 % len(DASHES)] if joined else ""
-    thin = {"color": color, "alpha": 0.35, "lw": 0.6, "ls": "-" if joined else ""}
+    thin: Any = {"color": color, "alpha": 0.35, "lw": 0.6}
+    if not joined:
+        thin |= {"ls": "", "marker": "o", "ms": 3.5, "mew": 0}
     for x, y in line.seeds.values():
-        axes.plot(x, y, marker="" if joined else "o", ms=3.5, mew=0, **thin)
+        axes.plot(x, y, **thin)
     if joined:
         low, high = line.mean - line.half, line.mean + line.half
         axes.fill_between(line.x, low, high, color=color, alpha=0.15, lw=0)
     else:
         bars: Any = {"ecolor": color, "elinewidth": 1.2, "capsize": 3}
         axes.errorbar(line.x, line.mean, yerr=line.half, ls="", **bars)
-    style = {"color": color, "marker": marker, "ms": 3.5, "mew": 0, "lw": 1.6}
-    axes.plot(line.x, line.mean, ls=dashes, label=_label(line.label), **style)
+    style: Any = {"color": color, "marker": marker, "ms": 3.5, "mew": 0}
+    style |= {"lw": 1.6, "ls": dashes, "label": _label(line.label)}
+    axes.plot(line.x, line.mean, **style)
 
 
 def _scale(axes: Axes, scale: str, xs: Sequence[float]) -> None:

@@ -1,13 +1,14 @@
 """What a study reads of its runs: one outcome per finished run, and values computed from it."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, cut
 
 Series = tuple[list[float], list[float]]
 """Steps and values of a metric."""
@@ -141,10 +142,22 @@ def value_of(value: Value, outcome: Outcome, others: Sequence[Outcome]) -> float
 
 
 def describe(value: Value) -> str:
-    """Returns what a value is, for the page."""
+    """Returns what a value is, for the page: of a function its first line, or its source."""
     if isinstance(value, str):
         return value
     if isinstance(value, Across):
         return value.text
     lines = (value.__doc__ or "").strip().splitlines()
-    return lines[0] if lines else value.__name__
+    return lines[0] if lines else cut(" ".join(source(value).split()), 200)
+
+
+def source(value: Value) -> str:
+    """Returns a value as text: a function with its source, so that a change of it is noticed."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Across):
+        return value.text
+    try:
+        return inspect.getsource(value).strip()
+    except (OSError, TypeError, SyntaxError):  # it was not read from a file
+        return value.__qualname__

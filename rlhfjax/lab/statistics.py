@@ -70,8 +70,14 @@ def against_number(condition: Sequence[float], number: float) -> Estimate:
 def _of_sample(difference: np.ndarray, scale: float, method: str) -> Estimate:
     n = len(difference)
     sd = math.sqrt(_variance(difference, scale))
-    mean = float(np.mean(difference))
-    return Estimate(mean, sd / math.sqrt(n), n - 1.0, sd, n, method)
+    return Estimate(
+        mean=float(np.mean(difference)),
+        error=sd / math.sqrt(n),
+        df=n - 1.0,
+        sd=sd,
+        n=n,
+        method=method,
+    )
 
 
 def welch(condition: Sequence[float], baseline: Sequence[float]) -> Estimate:
@@ -87,15 +93,16 @@ def welch(condition: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """
     samples = [np.asarray(x, np.float64) for x in (condition, baseline)]
     variances = [_variance(x, float(np.abs(x).max())) for x in samples]
-    sizes = [len(x) for x in samples]
-    v1, v2 = (variance / n for variance, n in zip(variances, sizes, strict=True))
-    below = v1**2 / (sizes[0] - 1) + v2**2 / (sizes[1] - 1)
+    n1, n2 = (len(x) for x in samples)
+    v1, v2 = variances[0] / n1, variances[1] / n2
+    above = (v1 + v2) ** 2
+    below = v1**2 / (n1 - 1) + v2**2 / (n2 - 1)
     return Estimate(
         mean=float(np.mean(samples[0]) - np.mean(samples[1])),
         error=math.sqrt(v1 + v2),
-        df=(v1 + v2) ** 2 / below if below else 1.0,
+        df=above / below if below else 1.0,
         sd=math.sqrt(sum(variances)),
-        n=min(sizes),
+        n=min(n1, n2),
         method="Welch's t",
     )
 

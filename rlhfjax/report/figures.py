@@ -52,7 +52,8 @@ def curves(train: Curve | None, val: Curve | None) -> str:
             _line(axes, train)
         if val is not None:
             x, y = finite(val)
-            axes.plot(x, y, color=SECOND, marker="o", ms=2.6, **_SOLID)
+            style = {"color": SECOND, "marker": "o", "ms": 2.6}
+            axes.plot(x, y, **style, **_SOLID)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         return render(figure)
@@ -116,8 +117,9 @@ def frontier(
         if end is not None:
             kl, reward = end
             ring = {"ms": 6, "mfc": CARD, "mec": INK, "mew": 1.2, "zorder": 3}
+            star = {"ms": 10, "color": INK, "mew": 0, "zorder": 3}
             axes.plot(kl[:1], reward[:1], "o", **ring)
-            axes.plot(kl[1:], reward[1:], "*", ms=10, color=INK, mew=0, zorder=3)
+            axes.plot(kl[1:], reward[1:], "*", **star)
         # Near the start, reward is about linear in the square root of KL (Gao et al. 2022, sec. 3).
         axes.set_xscale("function", functions=(_signed_sqrt, _signed_square))
         _kl_axis(axes)
@@ -188,11 +190,13 @@ def reliability(calibration: Calibration) -> str:
     accuracy = np.asarray(calibration["accuracy"])
     count = np.asarray(calibration["count"])
     share = count / max(count.sum(), 1)
+    diagonal = {"color": MUTED, "lw": 0.8, "ls": (0, (3, 3))}
+    points = {"color": FIRST, "marker": "o", "ms": 3.5}
     with matplotlib.rc_context(STYLE):
         figure, axes = axes_of(2.9, 2.3)
         axes.bar(confidence, share, width=0.03, color=FIRST, alpha=0.25)
-        axes.plot([0.5, 1], [0.5, 1], color=MUTED, lw=0.8, ls=(0, (3, 3)))
-        axes.plot(confidence, accuracy, color=FIRST, marker="o", ms=3.5, **_SOLID)
+        axes.plot([0.5, 1], [0.5, 1], **diagonal)
+        axes.plot(confidence, accuracy, **points, **_SOLID)
         axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02))
         axes.set(xlabel="stated confidence", ylabel="accuracy")
         return render(figure)
@@ -224,7 +228,8 @@ def lengths(edges: Sequence[int], before: Sequence[int], after: Sequence[int]) -
         places = np.arange(len(edges))
         axes.bar(places, after, width=1, color=FIRST, alpha=0.45, lw=0)
         axes.bar(places, before, width=1, color="none", ec=INK, lw=0.8)
-        axes.set_xticks(places[::2], [f"{edge:,}" for edge in edges[::2]], rotation=45)
+        names = [f"{edge:,}" for edge in edges[::2]]
+        axes.set_xticks(places[::2], names, rotation=45)
         axes.set(xlabel="words, from", ylabel="rows")
         return render(figure)
 
@@ -267,7 +272,8 @@ def scatter(
         figure, axes = axes_of(3.9, 2.6)
         rings = {"mfc": "none", "mec": MUTED, "mew": 0.7}
         axes.plot(*baseline, "o", ms=3.4, ls="", **rings)
-        axes.plot(*policy, "o", ms=3.2, ls="", color=FIRST, mew=0, alpha=0.7)
+        filled = {"color": FIRST, "mew": 0, "alpha": 0.7}
+        axes.plot(*policy, "o", ms=3.2, ls="", **filled)
         axes.set(xlabel="tokens per response", ylabel=label)
         return render(figure)
 
@@ -285,7 +291,8 @@ def spread(
     with matplotlib.rc_context(STYLE):
         labels = [_label(name) for name in groups]
         lines = max((label.count("\n") + 1 for label in labels), default=1)
-        height = 2.6 if places else 0.7 + max(0.4, 0.14 * lines) * len(groups)
+        height = 0.7 + max(0.4, 0.14 * lines) * len(groups)
+        height = 2.6 if places else height
         figure, axes = axes_of(3.9, height)
         positions = list(places) if places else [float(i) for i in range(len(groups))]
         for place, values in zip(positions, groups.values(), strict=True):
