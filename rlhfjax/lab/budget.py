@@ -28,7 +28,7 @@ def lines(left: Sequence[Run], taken: int, shared: bool) -> list[str]:
     for name, stages in _by_name(own):
         text.append(f"#   {_times(stages)} {name}: {_amount(stages)}")
     if costs:
-        text.append(f"#   all: {_amount(costs)}{_share(base)}")
+        text.append(f"#   all: {_amount(costs, base)}")
     return text
 
 
@@ -43,24 +43,24 @@ def _times(costs: Sequence[Cost]) -> str:
     return f"{len(costs)} x"
 
 
-def _amount(costs: Sequence[Cost]) -> str:
-    """Returns the tokens and the time of stages; where some are unknown it says of how many."""
-    tokens = [cost.tokens for cost in costs if cost.tokens]
-    seconds = [cost.seconds for cost in costs if cost.seconds is not None]
-    parts = []
-    if tokens:
-        parts.append(f"{announce.number(round(sum(tokens)))} tokens")
-    if seconds:
-        parts.append(f"about {duration(sum(seconds))}")
-    if unknown := len(costs) - len(seconds):
-        which = "its" if len(costs) == 1 else f"of {unknown} stages the"
-        parts.append(f"{which} speed on this machine is not measured yet")
+def _amount(costs: Sequence[Cost], base: Sequence[Cost] = ()) -> str:
+    """Returns the tokens and the time of stages, and how much of it is for the shared ones."""
+    tokens = sum(cost.tokens or 0.0 for cost in costs)
+    known, unknown = _seconds(costs)
+    parts = [f"{announce.number(round(tokens))} tokens"] if tokens else []
+    if known or not unknown:
+        parts.append(f"about {duration(known)}")
+    shared, _ = _seconds(base)
+    if shared:
+        parts[-1] += f" ({duration(shared)} of it for the shared base)"
+    if unknown:
+        what = "without" if known else "speed here unknown:"
+        parts.append(f"{what} {', '.join(unknown)}")
     return ", ".join(parts)
 
 
-def _share(base: Sequence[Cost]) -> str:
-    """Returns the time of the shared stages, stated apart."""
-    seconds = [cost.seconds for cost in base if cost.seconds is not None]
-    if not seconds:
-        return ""
-    return f", of which {duration(sum(seconds))} for the shared base"
+def _seconds(costs: Sequence[Cost]) -> tuple[float, list[str]]:
+    """Returns the seconds of stages, and the names of those whose speed is not known."""
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    unknown = [cost.name for cost in costs if cost.seconds is None]
+    return sum(known, 0.0), list(dict.fromkeys(unknown))

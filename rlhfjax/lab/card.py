@@ -20,7 +20,8 @@ FEWEST_SEEDS = 2  # a standard deviation needs two
 
 Expected = Literal["greater", "less", "equal"]
 Scale = Literal["linear", "log", "sqrt"]
-Points = tuple[tuple[float, float], ...]
+Number = float | int
+Points = tuple[tuple[Number, Number], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,11 @@ class Comparison:
     """Name of one of the study's values."""
     condition: str
     """Name of one of the study's conditions."""
-    baseline: str | float
+    baseline: str | Number
     """Name of another condition, or a number."""
     expected: Expected
     """greater: above `margin`. less: below -`margin`. equal: within ± `margin`."""
-    margin: float = 0.0
+    margin: Number = 0.0
     """The smallest difference that counts. equal: the largest that does not, above 0."""
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class Figure:
     x_scale: Scale = "linear"
     conditions: tuple[str, ...] = ()
     """The conditions to draw; empty: all."""
-    lines: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    lines: Mapping[str, Mapping[str, Number]] = dataclasses.field(default_factory=dict)
     """For a value: {label of a line: {condition: its x}}; empty: conditions stand side by side."""
     paper: Shape | str = ""
     """The paper's figure: its shape, or in words."""

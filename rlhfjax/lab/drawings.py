@@ -60,7 +60,7 @@ def paper(study: Study) -> Drawing | None:
             style: Any = {"color": MUTED, "marker": marker, "ms": 3}
             style |= {"lw": 1.3, "mew": 0, "ls": DASHES[i % len(DASHES)]}
             axes.plot(x, y, label=_label(label), **style)
-        _scale(axes, shape.x_scale, xs)
+        _scale(axes, shape.x_scale, [float(x) for x in xs])
         axes.set(xlabel=_label(shape.x))
         axes.set(ylabel=_label(shape.y))
         axes.legend(fontsize=7)
@@ -116,7 +116,7 @@ def _values(study: Study, card: Figure, found: Sequence[Outcome]) -> Iterable[Li
         for name in sorted(places, key=places.__getitem__):
             row = measured(study, card.y, by_condition.get(name, []))
             if row:
-                rows[places[name]] = row
+                rows[float(places[name])] = row
         if rows:
             yield _line(label, rows)
 
@@ -188,7 +188,7 @@ def _svg(card: Figure, lines: Sequence[Line], names: Sequence[str]) -> str:
         svg, axes = axes_of(*SIZE)
         for i, line in enumerate(lines):
             _draw(axes, line, i, joined=bool(card.x or card.lines))
-        _scale(axes, card.x_scale, [x for line in lines for x in line.x])
+        _scale(axes, card.x_scale, [float(x) for line in lines for x in line.x])
         axes.set(xlabel=_label(card.x_label or card.x))
         axes.set(ylabel=_label(card.y_label or card.y))
         if not card.x and not card.lines:

@@ -205,7 +205,7 @@ def read_row(workdir: Path, planned: Planned, study: Study) -> Row:
         "seeds": dict(planned.seeds),
         "metrics": json_text.null_nonfinite(_metrics(run)),
         "curves": curves,
-        "seconds": sum(stage.seconds or 0.0 for stage in run.stages),
+        "seconds": sum((stage.seconds or 0.0 for stage in run.stages), 0.0),
         "stages": _stage_costs(run, planned.config),
         "dtype": _dtypes(workdir),
         "rule": rule_digest(study),
@@ -271,4 +271,4 @@ def seconds(rows: Sequence[Row]) -> float:
     known = {
         cost["id"]: cost["seconds"] for row in rows for cost in row["stages"].values()
     }
-    return sum(known.values())
+    return sum(known.values(), 0.0)

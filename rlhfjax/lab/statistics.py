@@ -60,7 +60,7 @@ def paired(condition: Sequence[float], baseline: Sequence[float]) -> Estimate:
     return _of_sample(ours - theirs, scale, "paired t")
 
 
-def against_number(condition: Sequence[float], number: float) -> Estimate:
+def against_number(condition: Sequence[float], number: float | int) -> Estimate:
     """Returns the mean of a condition's values minus a number. At least 2 values."""
     values = np.asarray(condition, np.float64)
     scale = max(float(np.abs(values).max()), abs(number))
@@ -125,10 +125,10 @@ def detectable(n: int, sd: float, level: float = 1 - ALPHA) -> float:
 
     A difference that is smaller is not told from 0. For 5 seeds at 95 % it is 1.24 sd.
     """
-    return _quantile((1 + level) / 2, n - 1) * sd / math.sqrt(n)
+    return _quantile((1 + level) / 2, n - 1.0) * sd / math.sqrt(n)
 
 
-def decide(estimate: Estimate, expected: Expected, margin: float) -> Decision:
+def decide(estimate: Estimate, expected: Expected, margin: float | int) -> Decision:
     """Returns the smallest alpha at which a comparison is decided, and for which side.
 
     Where the seeds do not vary the difference there is no test: p is 1.

@@ -197,8 +197,10 @@ def reliability(calibration: Calibration) -> str:
         axes.bar(confidence, share, width=0.03, color=FIRST, alpha=0.25)
         axes.plot([0.5, 1], [0.5, 1], **diagonal)
         axes.plot(confidence, accuracy, **points, **_SOLID)
-        axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02))
-        axes.set(xlabel="stated confidence", ylabel="accuracy")
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("stated confidence")
+        axes.set_ylabel("accuracy")
         return render(figure)
 
 
@@ -251,7 +253,8 @@ def proxy_and_gold(proxy: Curve | None, gold: Curve | None) -> str:
         )
         for axes, curve, label, color, marker in sides:
             if curve is not None:
-                axes.plot(*finite(curve), color=color, marker=marker, ms=3, **_SOLID)
+                style = {"color": color, "marker": marker, "ms": 3}
+                axes.plot(*finite(curve), **style, **_SOLID)
                 axes.set_ylabel(label, color=color)
                 axes.tick_params(axis="y", labelcolor=color)
                 axes.yaxis.set_major_locator(MaxNLocator(5))
