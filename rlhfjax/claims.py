@@ -25,6 +25,8 @@ _CHANGES: dict[str, Change] = {
     "frozen_mesh": "mesh",
     "steps": "steps",
 }
+# The changes of options that decide what a run computes.
+_DECISIVE: tuple[Change, ...] = ("refused", "steps")
 _ABSENT = object()
 
 
@@ -138,7 +140,20 @@ def decisive(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {
         place: change
         for place, change in differences(workdir, config).items()
-        if change_of(split(config, place)[1]) in ("refused", "steps")
+        if change_of(split(config, place)[1]) in _DECISIVE
+    }
+
+
+def decisive_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that decide what a run computes, by their places, defaults included.
+
+    Options of logging, checkpoints and meshes are left out, see `change_of`.
+    """
+    options = json_text.leaves(with_defaults(config))
+    return {
+        place: value
+        for place, value in options.items()
+        if change_of(split(config, place)[1]) in _DECISIVE
     }
 
 

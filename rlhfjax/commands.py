@@ -103,13 +103,15 @@ def sweep(fv: Flags) -> None:
     """Runs variants of an experiment and compares them.
 
     The sweep(add) of the experiment's file says which. Each has its own folder; a table and a
-    page compare them. The same command, given again, runs what is not finished.
+    page compare them. The same command, given again, runs what is not finished. A file with a
+    STUDY also gets study.html and a verdict; runs whose results are committed are not run.
 
     rlhfjax sweep --config=experiments/quickstart/recipe.py --workdir=runs/kl
     rlhfjax sweep --config=experiments/quickstart/recipe.py --workdir=runs/kl --dry_run
     """
     from ml_collections import config_flags
 
+    from rlhfjax.lab import command as lab
     from rlhfjax.sweep import command
 
     _need(fv, "config")
@@ -131,7 +133,7 @@ def sweep(fv: Flags) -> None:
         dry_run=fv.dry_run,
         metrics=tuple(fv.metrics),
     )
-    command.sweep(flag.spec, path(fv.workdir), given, options)
+    lab.sweep(flag.spec, path(fv.workdir), given, options)
 
 
 def evaluate(fv: Flags) -> None:

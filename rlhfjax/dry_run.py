@@ -82,34 +82,60 @@ def show(
     print("\nThe config is valid. This was a dry run: nothing was computed or written.")
 
 
+class Cost(NamedTuple):
+    """What a stage of several runs costs. Runs that share it compute it once."""
+
+    name: str
+    runs: int  # that have it
+    seconds: float | None  # at this machine's measured rate; None: unknown
+    tokens: (
+        float | None
+    )  # that it trains on or samples; None: unknown, or it has no such number
+
+
 def total_seconds(
     runs: Iterable[tuple[dict[str, Any], Path]], shared: bool
 ) -> float | None:
     """Returns the time of all stages that are not finished; None if no stage's is known.
 
+    Args: as `costs`.
+    """
+    found = costs(runs, shared)
+    known = [cost.seconds for cost in found if cost.seconds is not None]
+    return sum(known) if known else None
+
+
+def costs(runs: Iterable[tuple[dict[str, Any], Path]], shared: bool) -> list[Cost]:
+    """Returns what the stages cost that are not finished, in their order.
+
     Args:
       runs: (config, workdir) per run.
       shared: whether a stage that is the same in several runs is computed once.
     """
-    known: dict[str, float] = {}
+    found: dict[str, Cost] = {}
     for config, workdir in runs:
         values = precision.resolved(config, workdir)
         folders, resolved = _resolved(values, workdir)
         typed = {name: recipe.check(resolved[name], name) for name in folders}
-        for name, seconds in pace.estimate(typed, folders).items():
-            if seconds is not None and not (folders[name] / DONE).exists():
-                key = _identity(values, name) if shared else str(folders[name])
-                known[key] = seconds
-    return sum(known.values()) if known else None
+        seconds = pace.estimate(typed, folders)
+        tokens = pace.tokens(typed, folders)
+        for name in folders:
+            if (folders[name] / DONE).exists():
+                continue
+            key = identity(values, name) if shared else str(folders[name])
+            before = found.get(key)
+            count = before.runs if before else 0
+            found[key] = Cost(name, count + 1, seconds.get(name), tokens.get(name))
+    return list(found.values())
 
 
-def _identity(values: Mapping[str, Any], name: str) -> str:
+def identity(values: Mapping[str, Any], name: str) -> str:
     """Returns the config of a stage of a recipe, with those of the stages that it refers to."""
     if "stages" not in values:
         return json_text.encode(values, name, sort_keys=True)
     text = json_text.encode(values[name], name, sort_keys=True)
     sources = sorted(set(re.findall('stage:([^/"]*)', text)) & set(values["stages"]))
-    return "\n".join([text, *(_identity(values, source) for source in sources)])
+    return "\n".join([text, *(identity(values, source) for source in sources)])
 
 
 def _resolved(

@@ -181,6 +181,28 @@ def estimate(
     return result
 
 
+def tokens(
+    configs: Mapping[str, Any], folders: Mapping[str, Path]
+) -> dict[str, float | None]:
+    """Returns the tokens that each stage of a recipe trains on or samples.
+
+    None: the stage has no such number, or only its data tells.
+
+    Args: as `estimate`.
+    """
+    earlier: dict[str, Any] = {}
+    result: dict[str, float | None] = {}
+    for name, config in configs.items():
+        module = stages.find(config.stage)
+        result[name] = None
+        if hasattr(module, "workload"):
+            count = _number_of_steps(module, config)
+            workload = module.workload(config, _completions(config, earlier))
+            result[name] = None if count is None else float(count * workload.units)
+        earlier[str(folders[name])] = config
+    return result
+
+
 @contextlib.contextmanager
 def announced(
     name: str, configs: Mapping[str, Any], folders: Mapping[str, Path]

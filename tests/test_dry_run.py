@@ -99,6 +99,12 @@ def test_the_time_of_a_sweep_counts_shared_stages_once(config, tmp_path, monkeyp
         runs.append((to_dict(config), paths.path(f"{tmp_path}/{coefficient}")))
     assert dry_run.total_seconds(runs, shared=False) == 14
     assert dry_run.total_seconds(runs, shared=True) == 9  # ppo and evaluate twice
+    costs = dry_run.costs(runs, shared=True)
+    assert [cost.runs for cost in costs] == [2, 2, 2, 2, 2, 1, 1, 1, 1]
+    # 6 steps of 8 rows of 32 tokens; 6 steps of 16 responses of 8 tokens.
+    tokens = {cost.name: cost.tokens for cost in costs}
+    assert tokens["pretrain"] == tokens["sft"] == 1536 and tokens["ppo"] == 768
+    assert tokens["tokenizer"] is None
     monkeypatch.setattr(dry_run.pace, "estimate", lambda *_: {})
     assert dry_run.total_seconds(runs, shared=True) is None
 

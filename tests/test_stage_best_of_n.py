@@ -70,6 +70,27 @@ def test_the_curve_is_the_mean_over_all_subsets_of_the_pool(run):
     assert lines[-1]["best_of_n/proxy"] > lines[0]["best_of_n/proxy"]
 
 
+def test_what_predicts_the_gold_reward_is_on_every_line(
+    conversations, finished, tmp_path
+):
+    """Gold is a model here: the scores of a rule tie on such responses."""
+    run, gold = tmp_path / "run", str(finished / "04_reward")
+    recipe.run_stage(values(conversations, finished, gold=gold), run)
+    rows, lines = read(run / "scores.jsonl"), read(run / "metrics.jsonl")
+    right = pairs = 0
+    for row in rows:
+        gold, length = (np.array(row[name][:8]) for name in ("gold", "length"))
+        for i, j in itertools.combinations(range(len(gold)), 2):
+            if gold[i] != gold[j]:
+                pairs += 1
+                better = np.sign((gold[i] - gold[j]) * (length[i] - length[j]))
+                right += (better + 1) / 2
+    expected = max(right, pairs - right) / pairs
+    for line in lines:
+        assert line["best_of_n/gold_length_accuracy"] == pytest.approx(expected)
+        assert 0 <= line["best_of_n/gold_ten_words_accuracy"] <= 1
+
+
 def test_scores_are_those_of_the_answers(run):
     scorer = Sentiment()
     rows, samples = read(run / "scores.jsonl"), read(run / "samples.jsonl")

@@ -18,7 +18,7 @@ from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labelers import Answers, Labeler, RankingsLabeler, make_answers
 from rlhfjax.rewards.load import load_labeler
 from rlhfjax.rewards.rankings import Ranking, from_row, read_rankings, write_rankings
-from rlhfjax.stages import stage_config
+from rlhfjax.stages import collect, stage_config
 from rlhfjax.stages.import_rankings import opinions_of
 from tests import tiny
 from tests.test_stages import run_steps, stage_values
@@ -66,6 +66,24 @@ def test_other_labelers_change_no_data_and_their_agreement_is_reported(
         assert two[f"collect/{name}"] == pytest.approx(value, rel=1e-9)
     assert metrics["collect/agreement"] != two["collect/agreement"]
     assert metrics["collect/agreement_pairs"] == 24 * 6
+
+
+def test_what_predicts_the_labels_is_reported():
+    """The longer response is better in one of two pairs, the one with "good" in both."""
+    rows = [
+        {
+            "completions": texts,
+            "scores": [1.0, 0.0],
+            "completion_tokens": [[1] * len(text) for text in texts],
+            "cut": 0.0,
+        }
+        for texts in (["good", "x"], ["good", "a longer one"])
+    ]
+    metrics = collect._describe(rows)
+    assert metrics["collect/response_length"] == (4 + 1 + 4 + 12) / 4
+    assert metrics["collect/length_accuracy"] == 0.5
+    assert metrics["collect/word_accuracy"] == 1.0
+    assert metrics["collect/ten_words_accuracy"] == 1.0
 
 
 def test_a_reward_model_labels(conversations, finished, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launch.shell import slug
-from rlhfjax import commands, trackers
+from rlhfjax import commands, precision, trackers
 from rlhfjax import main as command_line
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError, Preempted
@@ -62,6 +62,7 @@ def test_combinators_by_hand():
     assert zipped(a, b) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
     assert chain(a, b) == [{"a": 1}, {"a": 2}, {"b": "x"}, {"b": "y"}]
     assert seeds(2) == [{"arg.seed": 0}, {"arg.seed": 1}]
+    assert seeds(2, "seed", first=100) == [{"seed": 100}, {"seed": 101}]
     assert product(zipped(a, b), seeds(2, "seed"))[1] == {"a": 1, "b": "x", "seed": 1}
     with pytest.raises(ConfigError, match="lengths 2, 3"):
         zipped(a, seeds(3))
@@ -169,6 +170,20 @@ def test_a_changed_experiment_is_not_mixed_with_finished_runs(tmp_path):
         match=r"seed=1 was started with another config \(vocab_size: 270 -> 280\)",
     ):
         expand(file, tmp_path / "sweep")
+
+
+def test_a_sweep_resumes_runs_whose_dtype_was_chosen(tmp_path, monkeypatch):
+    """config.json has the dtype that "auto" stood for; the file has "auto"."""
+    monkeypatch.setattr(precision, "here", lambda: "bfloat16_products")
+    file = f"{ROOT}/experiments/quickstart/recipe.py:size=smoke"
+    run = expand(file, tmp_path)[0]
+    run.workdir.mkdir()
+    resolved = precision.resolved(run.config)
+    assert resolved != run.config
+    (run.workdir / "config.json").write_text(json.dumps(resolved))
+    (run.workdir / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(precision, "here", lambda: "float32")
+    assert expand(file, tmp_path)[0].name == run.name
 
 
 def python(code: str) -> list[str]:

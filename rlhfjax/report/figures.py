@@ -1,61 +1,30 @@
-"""Draws figures as inline SVG.
+"""Draws the figures of reports and sweeps."""
 
-Their colors are the page's CSS variables, so that one file is readable on light and dark pages.
-"""
-
-import io
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlhfjax.evals.stats import best_of_n_kl
 from rlhfjax.redact import printable
+from rlhfjax.report.svg import (
+    CARD,
+    FIRST,
+    INK,
+    MUTED,
+    SECOND,
+    STYLE,
+    axes_of,
+    finite,
+    render,
+)
 from rlhfjax.report.workdir import Curve
 from rlhfjax.workdirs import Calibration
 
-# Placeholder colors for matplotlib, which `_svg` replaces by CSS variables.
-INK, MUTED, LINE, CARD, FIRST, SECOND = (f"#0a0b0{i}" for i in range(6))
-_CSS = {
-    INK: "--ink",
-    MUTED: "--muted",
-    LINE: "--line",
-    CARD: "--card",
-    FIRST: "--first",
-    SECOND: "--second",
-}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlhfjax",
-    "text.parse_math": False,  # a name with $ is a name
-    "font.size": 8,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.5,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.major.size": 2,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "axes.formatter.limits": (-3, 5),
-}
 # How a line with few points, a diagonal and a small curve are drawn.
 _SOLID = {"lw": 1.3, "mew": 0}
 _DASHED = {
@@ -77,20 +46,21 @@ def curves(train: Curve | None, val: Curve | None) -> str:
 
     A long, noisy training curve is smoothed, with the raw values behind it.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(2.9, 1.6)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = axes_of(2.9, 1.6)
         if train is not None:
             _line(axes, train)
         if val is not None:
-            x, y = _finite(val)
-            axes.plot(x, y, color=SECOND, marker="o", ms=2.6, **_SOLID)
+            x, y = finite(val)
+            style = {"color": SECOND, "marker": "o", "ms": 2.6}
+            axes.plot(x, y, **style, **_SOLID)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        return _svg(figure)
+        return render(figure)
 
 
 def _line(axes: Axes, curve: Curve) -> None:
-    x, y = _finite(curve)
+    x, y = finite(curve)
     smoothed = smooth(y)
     # A curve without noise, such as a schedule, needs no smoothing.
     is_noisy = len(x) > 40 and np.std(y - smoothed) > 0.02 * np.ptp(y)
@@ -135,8 +105,8 @@ def frontier(
       end: the last comparison, ([0, KL], [reward of the baseline, reward of the policy]).
       pools: for each best-of-n stage the columns `kl` and `key`, one row per n; may be {}.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(3.9, 2.6)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = axes_of(3.9, 2.6)
         for i, path in enumerate(paths):
             color, _, marker, _ = mark(i)
             if path:
@@ -147,14 +117,15 @@ def frontier(
         if end is not None:
             kl, reward = end
             ring = {"ms": 6, "mfc": CARD, "mec": INK, "mew": 1.2, "zorder": 3}
+            star = {"ms": 10, "color": INK, "mew": 0, "zorder": 3}
             axes.plot(kl[:1], reward[:1], "o", **ring)
-            axes.plot(kl[1:], reward[1:], "*", ms=10, color=INK, mew=0, zorder=3)
+            axes.plot(kl[1:], reward[1:], "*", **star)
         # Near the start, reward is about linear in the square root of KL (Gao et al. 2022, sec. 3).
         axes.set_xscale("function", functions=(_signed_sqrt, _signed_square))
         _kl_axis(axes)
         axes.set(xlabel="KL to the reference, nats per response")
         axes.set(ylabel=f"{key} reward")
-        return _svg(figure)
+        return render(figure)
 
 
 def mark(i: int) -> tuple[str, str, str, str]:
@@ -219,14 +190,18 @@ def reliability(calibration: Calibration) -> str:
     accuracy = np.asarray(calibration["accuracy"])
     count = np.asarray(calibration["count"])
     share = count / max(count.sum(), 1)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(2.9, 2.3)
+    diagonal = {"color": MUTED, "lw": 0.8, "ls": (0, (3, 3))}
+    points = {"color": FIRST, "marker": "o", "ms": 3.5}
+    with matplotlib.rc_context(STYLE):
+        figure, axes = axes_of(2.9, 2.3)
         axes.bar(confidence, share, width=0.03, color=FIRST, alpha=0.25)
-        axes.plot([0.5, 1], [0.5, 1], color=MUTED, lw=0.8, ls=(0, (3, 3)))
-        axes.plot(confidence, accuracy, color=FIRST, marker="o", ms=3.5, **_SOLID)
-        axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02))
-        axes.set(xlabel="stated confidence", ylabel="accuracy")
-        return _svg(figure)
+        axes.plot([0.5, 1], [0.5, 1], **diagonal)
+        axes.plot(confidence, accuracy, **points, **_SOLID)
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("stated confidence")
+        axes.set_ylabel("accuracy")
+        return render(figure)
 
 
 def distributions(
@@ -235,12 +210,12 @@ def distributions(
     """Returns two histograms on one axis: the policy filled, the baseline outlined."""
     low, high = min(*baseline, *policy), max(*baseline, *policy)
     bins: Any = np.linspace(low, high if high > low else low + 1, 31)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(2.9, 2.3)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = axes_of(2.9, 2.3)
         axes.hist(policy, bins, color=FIRST, alpha=0.45, lw=0)
         axes.hist(baseline, bins, histtype="step", color=INK, lw=1)
         axes.set(xlabel=label, ylabel="responses")
-        return _svg(figure)
+        return render(figure)
 
 
 def lengths(edges: Sequence[int], before: Sequence[int], after: Sequence[int]) -> str:
@@ -250,14 +225,15 @@ def lengths(edges: Sequence[int], before: Sequence[int], after: Sequence[int]) -
       edges: the smallest length of each bin.
       before, after: how many rows are in each bin.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(3.9, 2.3)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = axes_of(3.9, 2.3)
         places = np.arange(len(edges))
         axes.bar(places, after, width=1, color=FIRST, alpha=0.45, lw=0)
         axes.bar(places, before, width=1, color="none", ec=INK, lw=0.8)
-        axes.set_xticks(places[::2], [f"{edge:,}" for edge in edges[::2]], rotation=45)
+        names = [f"{edge:,}" for edge in edges[::2]]
+        axes.set_xticks(places[::2], names, rotation=45)
         axes.set(xlabel="words, from", ylabel="rows")
-        return _svg(figure)
+        return render(figure)
 
 
 def proxy_and_gold(proxy: Curve | None, gold: Curve | None) -> str:
@@ -265,8 +241,8 @@ def proxy_and_gold(proxy: Curve | None, gold: Curve | None) -> str:
 
     The proxy is at the left and the gold reward at the right: their units differ.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, left = _axes(3.9, 2.3)
+    with matplotlib.rc_context(STYLE):
+        figure, left = axes_of(3.9, 2.3)
         left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         left.set_xlabel("step")
         right = left.twinx() if proxy is not None and gold is not None else left
@@ -277,11 +253,12 @@ def proxy_and_gold(proxy: Curve | None, gold: Curve | None) -> str:
         )
         for axes, curve, label, color, marker in sides:
             if curve is not None:
-                axes.plot(*_finite(curve), color=color, marker=marker, ms=3, **_SOLID)
+                style = {"color": color, "marker": marker, "ms": 3}
+                axes.plot(*finite(curve), **style, **_SOLID)
                 axes.set_ylabel(label, color=color)
                 axes.tick_params(axis="y", labelcolor=color)
                 axes.yaxis.set_major_locator(MaxNLocator(5))
-        return _svg(figure)
+        return render(figure)
 
 
 def scatter(
@@ -294,13 +271,14 @@ def scatter(
     Args:
       baseline, policy: lengths and rewards.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(3.9, 2.6)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = axes_of(3.9, 2.6)
         rings = {"mfc": "none", "mec": MUTED, "mew": 0.7}
         axes.plot(*baseline, "o", ms=3.4, ls="", **rings)
-        axes.plot(*policy, "o", ms=3.2, ls="", color=FIRST, mew=0, alpha=0.7)
+        filled = {"color": FIRST, "mew": 0, "alpha": 0.7}
+        axes.plot(*policy, "o", ms=3.2, ls="", **filled)
         axes.set(xlabel="tokens per response", ylabel=label)
-        return _svg(figure)
+        return render(figure)
 
 
 def spread(
@@ -313,11 +291,12 @@ def spread(
     Args:
       places: where the groups are on the horizontal axis; None lists their names downwards.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         labels = [_label(name) for name in groups]
         lines = max((label.count("\n") + 1 for label in labels), default=1)
-        height = 2.6 if places else 0.7 + max(0.4, 0.14 * lines) * len(groups)
-        figure, axes = _axes(3.9, height)
+        height = 0.7 + max(0.4, 0.14 * lines) * len(groups)
+        height = 2.6 if places else height
+        figure, axes = axes_of(3.9, height)
         positions = list(places) if places else [float(i) for i in range(len(groups))]
         for place, values in zip(positions, groups.values(), strict=True):
             finite = np.asarray([x for x in values if math.isfinite(x)])
@@ -333,7 +312,7 @@ def spread(
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.set_xticks(positions, [f"{x:g}" for x in positions])
             axes.set_xlabel(_shortened(next(iter(groups)).partition(" = ")[0]))
-        return _svg(figure)
+        return render(figure)
 
 
 def _label(group: str) -> str:
@@ -363,35 +342,3 @@ def _group(axes: Axes, place: float, values: np.ndarray, across: bool) -> None:
         places = [place] * len(measured)
         x, y = (measured, places) if across else (places, measured)
         axes.plot(x, y, **style)
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    x, y = (np.asarray(column, dtype=np.float64) for column in curve)
-    is_finite = np.isfinite(y)
-    return x[is_finite], y[is_finite]
-
-
-def _svg(figure: Figure) -> str:
-    """Returns an SVG element without XML head, metadata and size, with CSS variables as colors."""
-    for axes in figure.axes:
-        axes.set_axisbelow(True)
-    out = io.StringIO()
-    with (
-        warnings.catch_warnings()
-    ):  # of characters that matplotlib's font lacks; browsers have them
-        warnings.simplefilter("ignore")
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
-    head = r'(?s)<svg [^>]*?(viewBox="[^"]*")[^>]*>'
-    svg = re.sub(head, r'<svg \1 aria-hidden="true">', svg, count=1)
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
-    for color, variable in _CSS.items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg

@@ -30,6 +30,7 @@ from rlhfjax.data.batches import PromptBatch, take
 from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.sources import Source
 from rlhfjax.evals import stats
+from rlhfjax.evals.words import substitutes
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
@@ -122,11 +123,15 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         baseline=_picked(responses, pool, np.zeros_like(best)),
     )
     write_jsonl(workdir / SAMPLES, rows)
+    baselines: dict[str, float] = {}
+    if config.gold:
+        baselines = substitutes(responses, pool["length"], pool["gold"])
     metrics: dict[str, float] = {}
     with Writer(workdir) as writer:
         for n in sizes(config.pool):
             point = curve_point(pool, n)
             point["prompts_cut"] = float(pool["cut"].mean())
+            point |= {f"gold_{name}": value for name, value in baselines.items()}
             metrics = {f"best_of_n/{name}": value for name, value in point.items()}
             metrics |= data_metrics(source, "best_of_n")
             writer.write(n, metrics)

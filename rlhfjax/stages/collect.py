@@ -16,6 +16,7 @@ from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.sources import Source
 from rlhfjax.errors import DataError
+from rlhfjax.evals.words import substitutes
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
@@ -223,7 +224,9 @@ def _describe(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Returns metrics of the rows of the train split."""
     scores = np.array([row["scores"] for row in rows])
     i, j = np.triu_indices(scores.shape[1], k=1)
-    lengths = [len(ids) for row in rows for ids in row["completion_tokens"]]
+    lengths = np.array([[*map(len, row["completion_tokens"])] for row in rows])
+    texts = [row["completions"] for row in rows]
+    baselines = substitutes(texts, lengths, scores)
     return {
         "collect/prompts": float(len(scores)),
         "collect/comparisons": float(len(scores) * len(i)),
@@ -231,5 +234,6 @@ def _describe(rows: list[dict[str, Any]]) -> dict[str, float]:
         "collect/score": float(scores.mean()),
         "collect/score_std_within_prompt": float(scores.std(axis=1).mean()),
         "collect/response_length": float(np.mean(lengths)),
+        **{f"collect/{name}": value for name, value in baselines.items()},
         "collect/prompts_cut": float(np.mean([row["cut"] for row in rows])),
     }

@@ -24,12 +24,12 @@ def grid(option: str, *values: Any) -> Sweep:
     return [{option: value} for value in values]
 
 
-def seeds(n: int, option: str = "arg.seed") -> Sweep:
-    """Returns the seeds 0, …, n - 1.
+def seeds(n: int, option: str = "arg.seed", first: int = 0) -> Sweep:
+    """Returns the seeds first, …, first + n - 1.
 
     Pass `option="seed"` if the file's config is a single stage and takes no seed as argument.
     """
-    return grid(option, *range(n))
+    return grid(option, *range(first, first + n))
 
 
 def product(*sweeps: Iterable[Mapping[str, Any]]) -> Sweep:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from rlhfjax.errors import ConfigError, Preempted, UserError
 from rlhfjax.paths import Path
 from rlhfjax.progress import duration
 from rlhfjax.redact import redact
-from rlhfjax.report.sweep import read_result, write_sweep
-from rlhfjax.sweep import is_seed, pool, queued
+from rlhfjax.report.sweep import Result, read_result, write_sweep
+from rlhfjax.sweep import pool, queued
 from rlhfjax.sweep.expand import Run, expand
 
 LOCAL = ("local",)
@@ -96,22 +97,34 @@ def sweep(
       UserError: runs failed; the others are done, and the table is written.
       Preempted, KeyboardInterrupt: a signal stopped the sweep.
     """
+    run_all(expand(config, workdir, given), workdir, options)
+
+
+def run_all(
+    runs: Sequence[Run],
+    workdir: Path,
+    options: Options,
+    known: Mapping[str, Result] = types.MappingProxyType({}),
+) -> None:
+    """Runs what is not finished of an expanded sweep, and writes its tables; see `sweep`.
+
+    Args:
+      known: results of runs that are not started, by the run's name: they are taken from results.
+    """
     if options.slices_in_turn:
         options = in_turn(options, workdir)
-    runs = expand(config, workdir, given)
     commands = {
         run.name: whole_command(run, options.launcher, options.cache)
         for run in runs
-        if not run.finished
+        if run.name not in known and not run.finished
     }
     if options.dry_run:
-        _print_dry_run(runs, commands, shared=bool(options.cache))
+        _print_dry_run(runs, commands, known, shared=bool(options.cache))
         return
-    finished = len(runs) - len(commands)
     logs = workdir / pool.LOGS
     paths.make_folder(workdir)
     write_json(workdir / trackers.SWEEP, {"runs": [run.name for run in runs]})
-    print(f"{len(runs)} runs, {finished} of them finished; logs in {logs}")
+    print(f"{_counted(runs, commands, known)}; logs in {logs}")
     down = [shlex.join(words) for words in down_commands(options, len(commands))]
     try:
         codes = _run_all(commands, workdir, options)
@@ -123,14 +136,27 @@ def sweep(
             print(f"a TPU is still running its run; to delete it: {command}")
         raise
     finally:
-        print(f"table: {collect(runs, workdir, options.metrics)}")
+        print(f"table: {collect(runs, workdir, options.metrics, known)}")
     if failed := [name for name, code in codes.items() if code]:
         reasons = "; ".join(why(codes, workdir, failed))
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: {reasons}")
 
 
+def _counted(
+    runs: Sequence[Run], commands: Mapping[str, Any], known: Mapping[str, Result]
+) -> str:
+    """Returns how many runs there are, are finished, and are taken from results."""
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    finished = len(runs) - len(commands) - len(known)
+    taken = f", {len(known)} taken from results" if known else ""
+    return f"{count}, {finished} of them finished{taken}"
+
+
 def _print_dry_run(
-    runs: Sequence[Run], commands: Mapping[str, Sequence[str]], shared: bool
+    runs: Sequence[Run],
+    commands: Mapping[str, Sequence[str]],
+    known: Mapping[str, Result],
+    shared: bool,
 ) -> None:
     """Prints the commands and the total time, as comments and lines for a shell.
 
@@ -139,13 +165,13 @@ def _print_dry_run(
     """
     for run in runs:
         command = commands.get(run.name)
-        line = shlex.join(command) if command else f"# {run.name} is finished"
+        state = "is taken from results" if run.name in known else "is finished"
+        line = shlex.join(command) if command else f"# {run.name} {state}"
         print(redact(line))
     left = [(run.config, run.workdir) for run in runs if run.name in commands]
     total = dry_run.total_seconds(left, shared)
     time = "" if total is None else f"; about {duration(total)}, one run at a time"
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    print(f"# {count}, {len(runs) - len(left)} of them finished{time}")
+    print(f"# {_counted(runs, commands, known)}{time}")
 
 
 def print_configs(
@@ -244,19 +270,19 @@ def down_commands(options: Options, runs: int) -> list[list[str]]:
     ]
 
 
-def collect(runs: Sequence[Run], workdir: Path, metrics: Sequence[str] = ()) -> Path:
+def collect(
+    runs: Sequence[Run],
+    workdir: Path,
+    metrics: Sequence[str] = (),
+    known: Mapping[str, Result] = types.MappingProxyType({}),
+) -> Path:
     """Writes the tables and the page of a sweep from its runs' files so far; returns the page."""
     results = []
     for run in runs:
-        seeds = {
-            option: value for option, value in run.overrides.items() if is_seed(option)
-        }
-        setting = {
-            option: value
-            for option, value in run.overrides.items()
-            if not is_seed(option)
-        }
-        results.append(read_result(workdir, run.name, setting, seeds))
+        result = known.get(run.name)
+        if result is None:
+            result = read_result(workdir, run.name, run.setting, run.seeds)
+        results.append(result)
     return write_sweep(workdir, results, metrics)
 
 

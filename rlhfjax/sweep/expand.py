@@ -10,14 +10,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import claims, experiment, recipe
+from rlhfjax import claims, experiment, precision, recipe
 from rlhfjax.config import scalar, to_dict
 from rlhfjax.errors import ConfigError, cut
 from rlhfjax.experiment import Experiment
 from rlhfjax.experiment_args import quote_arg, split_arg
 from rlhfjax.json_text import shown
 from rlhfjax.paths import Path
-from rlhfjax.sweep import Overrides
+from rlhfjax.sweep import Overrides, is_seed
 
 ARG = "arg."
 NAME_LENGTH = 120  # maximum bytes of a run's name, before its hash
@@ -33,6 +33,16 @@ class Run:
     workdir: Path
     command: tuple[str, ...]  # the words after `rlhfjax`
     config: dict[str, Any]  # the complete config, overrides applied, of JSON types
+
+    @property
+    def setting(self) -> Overrides:
+        """The overrides that are no seeds."""
+        return {key: x for key, x in self.overrides.items() if not is_seed(key)}
+
+    @property
+    def seeds(self) -> Overrides:
+        """The overrides that are seeds."""
+        return {key: x for key, x in self.overrides.items() if is_seed(key)}
 
     @property
     def finished(self) -> bool:
@@ -51,7 +61,13 @@ def expand(
       ConfigError: the file has no `sweep`; two runs are equal; or an override names an unknown
         option, has a wrong type, sets a given option, or leads to an invalid config.
     """
-    loaded = experiment.load(config)
+    return expand_loaded(experiment.load(config), workdir, given)
+
+
+def expand_loaded(
+    loaded: Experiment, workdir: Path, given: Mapping[str, Any] | None = None
+) -> list[Run]:
+    """Returns the runs of a sweep whose file is loaded, as `expand` does."""
     add_all = loaded.names.get("sweep")
     if not callable(add_all):
         raise ConfigError(
@@ -69,7 +85,9 @@ def expand(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{loaded.file}: its sweep adds {twice[0]} twice")
     for run in runs:
-        claims.compare(run.workdir, run.config)
+        if run.workdir.is_dir():
+            # config.json has the dtype that "auto" stood for.
+            claims.compare(run.workdir, precision.resolved(run.config, run.workdir))
     return runs
 
 

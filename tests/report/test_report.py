@@ -243,7 +243,7 @@ def drawn(monkeypatch):
     """Returns a function of a workdir: the curves of each frontier as (color, marker, dashed, KLs,
     rewards)."""
     made = []
-    monkeypatch.setattr(figures, "_svg", lambda figure: made.append(figure) or "")
+    monkeypatch.setattr(figures, "render", lambda figure: made.append(figure) or "")
 
     def of(workdir):
         made.clear()

@@ -14,6 +14,9 @@ from rlhfjax.clock import Clock
 from rlhfjax.config import to_dict
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.interop import store
+from rlhfjax.lab import Comparison, Figure, Study, results
+from rlhfjax.lab import page as study_page
+from rlhfjax.lab.found import Found, of_plan
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.report import summary_table
 from rlhfjax.report.page import render
@@ -175,6 +178,56 @@ file_reader(TABLE, "done_json", json_bytes, _done)
 file_reader(TABLE, "goodput_json", json_bytes, _goodput)
 file_reader(TABLE, "config_json", json_bytes, _config, examples=50)
 TABLE["config_values"] = Reader(_values, examples=50)
+
+# ------------------------------------------------------------------ results of studies
+
+SERIES = {"kl": {"step": [1.0, 2.0], "value": [0.5, None]}}
+ROW = {
+    "hash": "00",
+    "condition": "a",
+    "overrides": {"sft.steps": 3},
+    "seeds": {"arg.seed": 0},
+    "metrics": {"sft/loss": 1.5, "sft/kl": None},
+    "curves": SERIES,
+    "seconds": 2.5,
+    "stages": {"sft": {"id": "00", "seconds": 2.5}},
+    "dtype": ["float32"],
+    "rule": "00",
+    "commit": "00",
+    "clean": True,
+    "hardware": {"devices": "1 x cpu"},
+    "versions": {"jax": "0.10"},
+}
+
+
+def _results(folder: Path) -> tuple[Path, list[bytes], Callable]:
+    file = folder / "results.jsonl"
+    condition = {"option": 1.0}
+    comparison = Comparison(
+        name="c", value="loss", condition="a", baseline=0.0, expected="less"
+    )
+    study = Study(
+        claim="c",
+        paper="p",
+        figure="f",
+        conditions={"a": condition},
+        seeds=2,
+        values={"loss": "sft/loss"},
+        primary=(comparison,),
+        curves=("kl",),
+        drawing=Figure(x="step", y="kl", title="t"),
+    )
+    plan = [results.Planned("r", "a", condition, {"arg.seed": 0}, "00", {})]
+
+    def read() -> None:
+        rows = of_plan(results.read(file), plan)
+        found = Found(study, plan, results.by_hash(rows), results.repeats(rows))
+        study_page.render(found, found.verdict())
+
+    return file, [lines(ROW, ROW | {"date": "2021"})], read
+
+
+file_reader(TABLE, "results", lines_bytes, _results, examples=20)
 
 # ------------------------------------------------------------------ reports
 

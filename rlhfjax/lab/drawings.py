@@ -1,0 +1,263 @@
+"""Draws a study's figure: the mean, its 95 % band and every seed; beside it the paper's shape."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+
+from rlhfjax.errors import DataError
+from rlhfjax.lab import outcomes, statistics
+from rlhfjax.lab.card import Figure, Shape, Study
+from rlhfjax.lab.outcomes import Outcome
+from rlhfjax.lab.verdict import guarded
+from rlhfjax.redact import printable
+from rlhfjax.report.downloads import Drawing, drawing
+from rlhfjax.report.figures import mark
+from rlhfjax.report.svg import FIRST, MUTED, SECOND, STYLE, axes_of, render
+
+SIZE = (5.2, 3.4)  # inches
+LONGEST = 40  # characters of a label
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
+
+
+class Line(NamedTuple):
+    """One line of a figure, with its seeds."""
+
+    label: str
+    x: np.ndarray  # [p]
+    seeds: Mapping[str, tuple[np.ndarray, np.ndarray]]  # {seeds: (x, y)}
+    mean: np.ndarray  # [p]
+    half: np.ndarray  # [p], of Student's 95 % interval of the mean; 0 for a single seed
+
+
+def figure(study: Study, found: Sequence[Outcome]) -> Drawing | None:
+    """Returns the study's figure; None without a drawing, or before there is anything to draw."""
+    card = study.drawing
+    if card is None:
+        return None
+    lines = list(_curves(card, found) if card.x else _values(study, card, found))
+    if not lines:
+        return None
+    names = list(_by_condition(found, card.conditions))
+    return drawing(card.title, _svg(card, lines, names), _columns(lines))
+
+
+def paper(study: Study) -> Drawing | None:
+    """Returns the paper's shape, in gray and with axes of its own; None without points."""
+    shape = study.drawing.paper if study.drawing else ""
+    if not isinstance(shape, Shape):
+        return None
+    rows = [(label, x, y) for label, points in shape.lines.items() for x, y in points]
+    names, xs, ys = zip(*rows, strict=True)
+    with matplotlib.rc_context(STYLE):
+        svg, axes = axes_of(*SIZE)
+        for i, (label, points) in enumerate(shape.lines.items()):
+            x, y = zip(*points, strict=True)
+            _, _, marker, _ = mark(2 * i)
+            style: Any = {"color": MUTED, "marker": marker, "ms": 3}
+            style |= {"lw": 1.3, "mew": 0, "ls": DASHES[i % len(DASHES)]}
+            axes.plot(x, y, label=_label(label), **style)
+        _scale(axes, shape.x_scale, [float(x) for x in xs])
+        axes.set(xlabel=_label(shape.x))
+        axes.set(ylabel=_label(shape.y))
+        axes.legend(fontsize=7)
+        columns = {"line": names, "x": xs, "y": ys}
+        return drawing("paper", render(svg), columns)
+
+
+# ------------------------------------------------------------------ what is drawn
+
+
+def _curves(card: Figure, found: Sequence[Outcome]) -> Iterable[Line]:
+    """Yields a line per condition: means over the seeds at equal steps, of x and of y."""
+    for condition, outcomes_here in _by_condition(found, card.conditions).items():
+        seeds = {x.seed: _points(card, x) for x in outcomes_here}
+        seeds = {seed: points for seed, points in seeds.items() if len(points[0])}
+        if not seeds:
+            continue
+        # A run that stopped early has fewer points.
+        shared = min(len(x) for x, _ in seeds.values())
+        x = np.array([x[:shared] for x, _ in seeds.values()])
+        y = np.array([y[:shared] for _, y in seeds.values()])
+        mean, half = _band(y)
+        yield Line(condition, x.mean(axis=0), seeds, mean, half)
+
+
+def _points(card: Figure, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the points of a run at the steps that both of its curves have."""
+    if card.y not in outcome.curves:
+        return np.zeros(0), np.zeros(0)
+    y = _by_step(outcome.curves[card.y])
+    x = {step: step for step in y}
+    if card.x != "step":
+        x = _by_step(outcome.curves.get(card.x, ([], [])))
+    shared = [step for step in y if step in x]
+    return (
+        np.array([x[step] for step in shared]),
+        np.array([y[step] for step in shared]),
+    )
+
+
+def _by_step(series: outcomes.Series) -> dict[float, float]:
+    """Returns {step: value}, without values that are not finite."""
+    pairs = zip(*series, strict=True)
+    return {step: value for step, value in pairs if math.isfinite(value)}
+
+
+def _values(study: Study, card: Figure, found: Sequence[Outcome]) -> Iterable[Line]:
+    """Yields a line per label of the card, over the conditions; without labels a single one."""
+    by_condition = _by_condition(found, card.conditions)
+    lines = card.lines or {"": {name: i for i, name in enumerate(by_condition)}}
+    for label, places in lines.items():
+        rows: dict[float, dict[str, float]] = {}
+        for name in sorted(places, key=places.__getitem__):
+            row = measured(study, card.y, by_condition.get(name, []))
+            if row:
+                rows[float(places[name])] = row
+        if rows:
+            yield _line(label, rows)
+
+
+def _line(label: str, rows: Mapping[float, Mapping[str, float]]) -> Line:
+    """Returns the line of {x: {seeds: y}}."""
+    bands = []
+    seeds: dict[str, tuple[list[float], list[float]]] = {}
+    for place, row in rows.items():
+        column = np.array([*row.values()])[:, None]
+        bands.append(_band(column))
+        for seed, y in row.items():
+            xs, ys = seeds.setdefault(seed, ([], []))
+            xs.append(place)
+            ys.append(y)
+    return Line(
+        label,
+        x=np.array(list(rows), np.float64),
+        seeds={seed: (np.array(x), np.array(y)) for seed, (x, y) in seeds.items()},
+        mean=np.array([mean[0] for mean, _ in bands]),
+        half=np.array([half[0] for _, half in bands]),
+    )
+
+
+def measured(study: Study, name: str, here: Sequence[Outcome]) -> dict[str, float]:
+    """Returns {seeds: value} of the runs that have the value."""
+    value, found = study.values[name], {}
+    for outcome in here:
+        others = [other for other in here if other is not outcome]
+        try:
+            number = _one(name, value, outcome, others)
+        except DataError:
+            continue
+        if math.isfinite(number):
+            found[outcome.seed] = number
+    return found
+
+
+def _one(
+    name: str, value: outcomes.Value, outcome: Outcome, others: Sequence[Outcome]
+) -> float:
+    return guarded(name, lambda: outcomes.value_of(value, outcome, others))
+
+
+def _by_condition(
+    found: Sequence[Outcome], chosen: Sequence[str]
+) -> dict[str, list[Outcome]]:
+    groups: dict[str, list[Outcome]] = {name: [] for name in chosen}
+    for outcome in found:
+        if not chosen or outcome.condition in chosen:
+            groups.setdefault(outcome.condition, []).append(outcome)
+    return {name: group for name, group in groups.items() if group}
+
+
+def _band(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and half width of Student's 95 % interval per column of y [seeds, points]."""
+    n = len(y)
+    if n < 2:
+        return y.mean(axis=0), np.zeros(y.shape[1])
+    return y.mean(axis=0), statistics.detectable(n, 1.0) * y.std(axis=0, ddof=1)
+
+
+# ------------------------------------------------------------------ how it is drawn
+
+
+def _svg(card: Figure, lines: Sequence[Line], names: Sequence[str]) -> str:
+    """Returns the figure; `names` are the conditions, in the order in which they stand."""
+    with matplotlib.rc_context(STYLE):
+        svg, axes = axes_of(*SIZE)
+        for i, line in enumerate(lines):
+            _draw(axes, line, i, joined=bool(card.x or card.lines))
+        _scale(axes, card.x_scale, [float(x) for line in lines for x in line.x])
+        axes.set(xlabel=_label(card.x_label or card.x))
+        axes.set(ylabel=_label(card.y_label or card.y))
+        if not card.x and not card.lines:
+            _name_places(axes, names)
+        if any(line.label for line in lines):
+            axes.legend(fontsize=7)
+        return render(svg)
+
+
+def _name_places(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xticks(range(len(names)), [_label(name) for name in names])
+    axes.set_xlim(-0.5, len(names) - 0.5)
+
+
+def _draw(axes: Axes, line: Line, i: int, joined: bool) -> None:
+    """Draws the seeds thin, the band pale and the mean thick."""
+    color = (FIRST, SECOND)[i % 2]
+    _, _, marker, _ = mark(i)
+    dashes = DASHES[i // 2 % len(DASHES)] if joined else ""
+    thin: Any = {"color": color, "alpha": 0.35, "lw": 0.6}
+    if not joined:
+        thin |= {"ls": "", "marker": "o", "ms": 3.5, "mew": 0}
+    for x, y in line.seeds.values():
+        axes.plot(x, y, **thin)
+    if joined:
+        low, high = line.mean - line.half, line.mean + line.half
+        axes.fill_between(line.x, low, high, color=color, alpha=0.15, lw=0)
+    else:
+        bars: Any = {"ecolor": color, "elinewidth": 1.2, "capsize": 3}
+        axes.errorbar(line.x, line.mean, yerr=line.half, ls="", **bars)
+    style: Any = {"color": color, "marker": marker, "ms": 3.5, "mew": 0}
+    style |= {"lw": 1.6, "ls": dashes, "label": _label(line.label)}
+    axes.plot(line.x, line.mean, **style)
+
+
+def _scale(axes: Axes, scale: str, xs: Sequence[float]) -> None:
+    """Sets the scale of x; a logarithm or root of what has none stays linear."""
+    if scale == "log" and min(xs) > 0:
+        axes.set_xscale("log")
+    elif scale == "sqrt" and min(xs) >= 0:
+        functions = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
+        axes.set_xscale("function", functions=functions)
+        axes.set_xlim(left=0)
+
+
+def _label(text: str) -> str:
+    text = printable(text)
+    # matplotlib leaves labels that begin with an underscore out of a legend.
+    text = f" {text}" if text.startswith("_") else text
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _columns(lines: Sequence[Line]) -> dict[str, list[Any]]:
+    """Returns the numbers of the figure in long form, a row per point of a seed or of a mean."""
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("line", "seeds", "x", "y", "half")
+    }
+    for line in lines:
+        for seed, (x, y) in line.seeds.items():
+            _append(columns, line.label, seed, x, y, np.full(len(x), math.nan))
+        _append(columns, line.label, "mean", line.x, line.mean, line.half)
+    return columns
+
+
+def _append(
+    columns: dict[str, list[Any]], label: str, seed: str, *numbers: np.ndarray
+) -> None:
+    count = len(numbers[0])
+    columns["line"] += [label] * count
+    columns["seeds"] += [seed] * count
+    for name, values in zip(("x", "y", "half"), numbers, strict=True):
+        columns[name] += values.tolist()

@@ -1,0 +1,85 @@
+"""Figures as inline SVG.
+
+Their colors are the page's CSS variables, so that one file is readable on light and dark pages.
+"""
+
+import io
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhfjax.report.workdir import Curve
+
+# Placeholder colors for matplotlib, which `render` replaces by CSS variables.
+INK, MUTED, LINE, CARD, FIRST, SECOND = (f"#0a0b0{i}" for i in range(6))
+CSS = {
+    INK: "--ink",
+    MUTED: "--muted",
+    LINE: "--line",
+    CARD: "--card",
+    FIRST: "--first",
+    SECOND: "--second",
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlhfjax",
+    "text.parse_math": False,  # a name with $ is a name
+    "font.size": 8,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.major.size": 2,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "axes.formatter.limits": (-3, 5),
+}
+
+
+def axes_of(width: float, height: float) -> tuple[Figure, Axes]:
+    """Returns a figure of a size in inches, with its one plot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps and values of a curve, without values that are not finite."""
+    x, y = (np.asarray(column, dtype=np.float64) for column in curve)
+    is_finite = np.isfinite(y)
+    return x[is_finite], y[is_finite]
+
+
+def render(figure: Figure) -> str:
+    """Returns an SVG element without XML head, metadata and size, with CSS variables as colors."""
+    for axes in figure.axes:
+        axes.set_axisbelow(True)
+    out = io.StringIO()
+    with (
+        warnings.catch_warnings()
+    ):  # of characters that matplotlib's font lacks; browsers have them
+        warnings.simplefilter("ignore")
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
+    head = r'(?s)<svg [^>]*?(viewBox="[^"]*")[^>]*>'
+    svg = re.sub(head, r'<svg \1 aria-hidden="true">', svg, count=1)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    for color, variable in CSS.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg
