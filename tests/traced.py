@@ -10,6 +10,7 @@ import sys
 from types import CodeType
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from rlhfjax.config import to_dict
@@ -41,6 +42,8 @@ def entered(stage: str) -> set[CodeType]:
     subject = shapes.subject(values, name)
 
     codes: set[CodeType] = set()
+    # A function that an earlier test had traced on the same shapes would not be entered again.
+    jax.clear_caches()
 
     def note(frame: Any, event: str, _: Any) -> None:
         if event == "call":
