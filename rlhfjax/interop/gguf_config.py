@@ -15,6 +15,7 @@ from rlhfjax.interop import gguf_rope, hf_config, hf_layers, names
 from rlhfjax.interop.gguf_families import ARCHITECTURES, KEYS, OUTPUT, Architecture
 from rlhfjax.interop.gguf_values import Metadata
 from rlhfjax.interop.hf_values import REQUIRED
+from rlhfjax.interop.others import missing
 from rlhfjax.json_text import shown
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.models.config import Attention
@@ -112,7 +113,7 @@ def _architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: general.architecture is {shown(name)}: "
+            f"{path}: general.architecture is {shown(name)}{missing(name)}: "
             f"accepted are {', '.join(ARCHITECTURES)}"
         )
     kind = metadata.get("general.type", "model")  # old files have none

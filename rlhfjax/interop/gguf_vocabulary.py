@@ -110,6 +110,8 @@ def _hugging_face(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
         pre = gguf_pre.name_of(data)
         if pre is None:
             raise _refused("its pre-tokenizer is none of those that it has names for")
+        if not merges:
+            raise _refused("it has no merges")
         spelled = [" ".join(pair) for pair in merges]
         return described | {"model": "gpt2", "pre": pre, "merges": spelled}
     if model.get("unk_token") in ids:

@@ -19,6 +19,7 @@ from rlhfjax.interop.hf_families import (
     Family,
 )
 from rlhfjax.interop.hf_values import QUANTIZATION, REQUIRED, ConfigValues
+from rlhfjax.interop.others import missing
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.models.config import RopeScaling
 from rlhfjax.paths import Path
@@ -98,7 +99,8 @@ def _architecture(values: ConfigValues) -> tuple[str, str]:
                 "a decoder of text alone (of Gemma 3 its text part, see docs/models.md)"
             )
             accepted = f"{of_text}, {accepted}"
-        raise values.invalid("architectures", given, accepted)
+        reason = missing(given[0]) if given else ""
+        raise values.invalid("architectures", given, accepted, reason)
     name, head = known[given[0]]
     if (kind := values.take("model_type", str, name)) != name:
         raise values.invalid("model_type", kind, repr(name))

@@ -86,14 +86,16 @@ class ConfigValues:
                 choices = " or ".join(map(repr, accepted))
                 raise self.invalid(key, value, choices or "a config.json without it")
 
-    def invalid(self, key: str, value: Any, accepted: str = "") -> CheckpointError:
+    def invalid(
+        self, key: str, value: Any, accepted: str = "", reason: str = ""
+    ) -> CheckpointError:
         """Returns the error for a value that our Transformer cannot express."""
         accepted = f"; accepted is {accepted}" if accepted else ""
         if key.startswith(f"{QUANTIZATION}."):
             accepted = "; take the model's folder from before quantization"
         told = f"{named(key)} = {shown(value)}"
         return CheckpointError(
-            f"{self.path}: our Transformer cannot do what {told} says{accepted}"
+            f"{self.path}: our Transformer cannot do what {told} says{reason}{accepted}"
         )
 
 

@@ -179,8 +179,9 @@ class TransformerConfig:
     scan_layers: bool = False
     """Layers are stacked and run by one loop: faster to compile."""
     remat: Literal["none", "dots", "full", "offload"] = "none"
-    """Activations that the backward pass recomputes: none, all except matmul outputs, or all;
-    offload is dots with the matmul outputs kept in host memory."""
+    """Activations that the backward pass recomputes: none, all except the outputs of products with
+    weights (dots; those of experts are recomputed), or all; offload is dots with these outputs kept
+    in host memory."""
     attention: Literal["einsum", "cudnn", "splash"] = "einsum"
     """Kernel of attention without a cache: ours, which runs anywhere, or a GPU's or TPU's."""
 

@@ -62,16 +62,20 @@ def _linear(
     faster way. A barrier computes dy once; otherwise each product would recompute it inside of the
     transposed copy that it fuses. And x^T . dy transposes the narrower of its two operands.
     """
-    return jnp.einsum(
-        "btx,xy->bty",
-        x.astype(dtype),
-        kernel.astype(dtype),
-        preferred_element_type=x.dtype,
-    )
+    return _forward(x, kernel, dtype)[0]
 
 
 def _forward(x, kernel, dtype):
-    return _linear(x, kernel, dtype), (x.astype(dtype), kernel)
+    # Not by `_linear`: remat="dots" does not see a product within a function of a custom gradient,
+    # and would recompute it.
+    narrow = x.astype(dtype)
+    y = jnp.einsum(
+        "btx,xy->bty",
+        narrow,
+        kernel.astype(dtype),
+        preferred_element_type=x.dtype,
+    )
+    return y, (narrow, kernel)
 
 
 def _backward(dtype, saved, dy):

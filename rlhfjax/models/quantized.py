@@ -244,12 +244,13 @@ def _frozen(product, x, kernel, scale):
     The barrier ties the kernel to x. Otherwise XLA dequantizes it outside of a decoding loop, which
     then reads it at full width in every step.
     """
-    x, kernel = jax.lax.optimization_barrier((x, kernel))
-    return product(x, kernel, scale)
+    return _forward(product, x, kernel, scale)[0]
 
 
 def _forward(product, x, kernel, scale):
-    return _frozen(product, x, kernel, scale), (kernel, scale)
+    # Not by `_frozen`, as in models.linear.
+    tied_x, tied_kernel = jax.lax.optimization_barrier((x, kernel))
+    return product(tied_x, tied_kernel, scale), (kernel, scale)
 
 
 def _backward(product, saved, dy):

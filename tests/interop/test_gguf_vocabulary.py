@@ -251,6 +251,11 @@ def test_what_llama_cpp_cannot_have_is_refused(tmp_path):
         describe(changed(lowered), 400)
     with pytest.raises(ConfigError, match="'the cat' swallows the blanks beside it"):
         describe(changed(swallows), 400)
+    content = first.content()
+    content["model"] |= {"merges": []}
+    bare = tokenizers.Tokenizer.from_str(json.dumps(content))
+    with pytest.raises(ConfigError, match="model's tokenizer: it has no merges"):
+        describe(HuggingFaceTokenizer(bare, {"chat_template": CHATML}), 400)
     unigram = train_sentencepiece(
         ["the cat sat on the mat"] * 20,
         tmp_path / "unigram",

@@ -7,9 +7,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhfjax.errors import CheckpointError
+from rlhfjax.interop.gguf_families import ARCHITECTURES
 from rlhfjax.interop.hf import load_hf, save_hf
 from rlhfjax.interop.hf_config import read, write
+from rlhfjax.interop.hf_families import FAMILIES
 from rlhfjax.interop.hf_layers import shortest
+from rlhfjax.interop.others import missing
 from rlhfjax.models import Model
 from rlhfjax.models.config import RopeScaling
 from rlhfjax.models.presets import preset
@@ -403,6 +406,37 @@ def test_other_models_are_refused_by_name(tmp_path, base, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         described(tmp_path, base | change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("BloomForCausalLM", "ALiBi positions"),
+        ("DeepseekV3ForCausalLM", "latent attention and experts that every token shar"),
+        ("FalconForCausalLM", "one norm for attention and MLP, or fused groups of he"),
+        ("FalconMambaForCausalLM", "state-space layers"),
+        ("Gemma3nForConditionalGeneration", "embeddings of each layer and residuals "),
+        ("GptOssForCausalLM", "attention sinks and biases of experts"),
+        ("Llama4ForConditionalGeneration", "attention in chunks and experts that "),
+        ("MPTForCausalLM", "ALiBi positions"),
+        ("MambaForCausalLM", "state-space layers"),
+        ("Qwen3NextForCausalLM", "linear attention"),
+        ("T5ForConditionalGeneration", "an encoder"),
+    ],
+)
+def test_what_other_families_have_is_the_reason(tmp_path, kind, part):
+    with pytest.raises(CheckpointError) as caught:
+        described(tmp_path, QWEN3 | {"architectures": [kind], "model_type": "x"})
+    message = str(caught.value)
+    assert f"architectures = ['{kind}'] says (it has {part}" in message
+    assert "accepted is " in message and "LlamaForCausalLM" in message
+    assert "\n" not in message
+
+
+def test_no_family_that_is_read_has_a_reason_not_to_be():
+    classes = [(family.causal, family.classifier) for family in FAMILIES.values()]
+    known = [*sum(classes, ()), *FAMILIES, *ARCHITECTURES]
+    assert [name for name in known if missing(name)] == []
 
 
 def test_the_shortest_pattern():
