@@ -1,6 +1,7 @@
 """launch.tpu against a stand-in for gcloud that checks arguments and runs what workers get."""
 
 import ast
+import glob
 import json
 import os
 import re
@@ -60,8 +61,9 @@ def cloud(tmp_path, monkeypatch):
     subprocess.run(["git", "add", "tracked.py"], cwd=checkout, check=True)
     monkeypatch.chdir(checkout)
     yield tmp_path
-    for file in tmp_path.glob("*/*/launch/worker-*.json"):
-        status = tpu_worker.read_json(file)
+    # `glob` passes over folders that a worker removes meanwhile, `Path.glob` does not.
+    for file in glob.glob(f"{tmp_path}/*/*/launch/worker-*.json"):
+        status = tpu_worker.read_json(Path(file))
         if tpu_worker.alive(status):
             os.kill(status["pid"], signal.SIGKILL)
             tpu_worker.send(status["child"], signal.SIGKILL)
