@@ -63,7 +63,7 @@ def cloud(tmp_path, monkeypatch):
     yield tmp_path
     # `glob` passes over folders that a worker removes meanwhile, `Path.glob` does not.
     for file in glob.glob(f"{tmp_path}/*/*/launch/worker-*.json"):
-        status = tpu_worker.read_json(Path(file))
+        status = tpu_worker.read_json(file) or {}
         if tpu_worker.alive(status):
             os.kill(status["pid"], signal.SIGKILL)
             tpu_worker.send(status["child"], signal.SIGKILL)
