@@ -22,12 +22,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import machine
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import quantized
 from rlhfjax.sampling import Sampling, generate
 
 PROMPT = 128
@@ -83,8 +81,7 @@ def of_kind(saved: store.SavedModel, kind: str) -> tuple[Any, Any]:
     if kind == "int8 weights and cache":
         saved = store.int8(saved)
     elif kind == "int8 weights":
-        quantize = jax.jit(lambda p: quantized.weights(p, saved.model.axes()))
-        return saved.model, quantize(saved.params)
+        saved = store.int8(saved, cache=False)
     else:
         config = dataclasses.replace(saved.model.config, dtype=kind)
         return dataclasses.replace(saved.model, config=config), saved.params

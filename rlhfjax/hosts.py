@@ -38,7 +38,9 @@ _COORDINATED = (
     "MEGASCALE_COORDINATOR_ADDRESS",
     "RLHFJAX_JOIN",
 )
-_FAILED = "rlhfjax/failed"  # the key under which the first host that fails leaves its reason
+_FAILED = (
+    "rlhfjax/failed"  # the key under which the first host that fails leaves its reason
+)
 _GRACE = 2.0  # seconds for a host to report by itself an error that all hosts found
 # How long a host waits for the first one, which may work for days; a lost host ends the wait.
 _WAIT_MS = 7 * 24 * 3600 * 1000

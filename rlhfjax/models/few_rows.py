@@ -78,15 +78,16 @@ def _blocks(x, kernel, *, tied, dtype):
     """Returns the product, OUTPUTS columns at a time."""
     axis = 0 if tied else 1
     x = x.astype(dtype)
-    count, rest = divmod(kernel.shape[axis], OUTPUTS)
+    size = min(OUTPUTS, kernel.shape[axis])
+    count, rest = divmod(kernel.shape[axis], size)
 
-    def columns(start, size):
-        part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis)
+    def columns(start, width):
+        part = jax.lax.dynamic_slice_in_dim(kernel, start, width, axis)
         return _plain(x, part, tied=tied)
 
-    starts = OUTPUTS * jnp.arange(count)
-    blocks = jax.lax.map(lambda start: columns(start, OUTPUTS), starts)
-    y = blocks.swapaxes(0, 1).reshape(x.shape[0], count * OUTPUTS)
+    starts = size * jnp.arange(count)
+    blocks = jax.lax.map(lambda start: columns(start, size), starts)
+    y = blocks.swapaxes(0, 1).reshape(x.shape[0], count * size)
     if not rest:
         return y
-    return jnp.concatenate([y, columns(count * OUTPUTS, rest)], axis=1)
+    return jnp.concatenate([y, columns(count * size, rest)], axis=1)
