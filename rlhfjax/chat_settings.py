@@ -8,6 +8,8 @@ from rlhfjax.data.chat import render_prompt
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import foreign, generation_config, store
+from rlhfjax.models.size import parameters
+from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
 from rlhfjax.sampling import Sampling
 
@@ -16,6 +18,10 @@ from rlhfjax.sampling import Sampling
 # correctly with these settings, 46 with top_p=0.9, and 32 at temperature 0.7 without top_p; the
 # capital of France in 10, 7 and 3 of 10.
 FOREIGN = {"temperature": 0.2, "top_p": 0.5}
+
+# Parameters of a model whose float32 weights do not fit a CPU's caches, so that a step takes as
+# long as reading them.
+LARGE = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,8 @@ class Options:
     max_new_tokens: int | None = None
     system: str = ""
     seed: int = 0
-    int8: bool = False
+    int8: bool | None = None
+    """Whether weights and cache are int8; None: the weights, if `int8_pays`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +88,17 @@ def choose_settings(path: str | Path, opened: store.Opened, options: Options) ->
         sampling = _flag(sampling, "stop", tuple(options.stop))
     validate_length(context, sampling, "--")
     return Chosen(sampling, notes)
+
+
+def int8_pays(model: Model, platform: str) -> bool:
+    """Returns whether a response is faster with int8 weights: on a CPU, of many dense weights.
+
+    Args:
+      platform: of jax, such as "cpu".
+    """
+    config = model.config
+    is_large = parameters(config) >= LARGE
+    return platform == "cpu" and is_large and not config.n_experts
 
 
 def is_foreign(path: str | Path) -> bool:

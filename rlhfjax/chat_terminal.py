@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from rlhfjax.chat import Chat
 from rlhfjax.chat_settings import (
     Options,
     choose_settings,
+    int8_pays,
     is_foreign,
     shown_settings,
     validate_template,
@@ -68,7 +71,9 @@ def run(
     name += f" with the adapter {adapter}" if adapter else ""
     log.info("%s: %s; reading it", name, _size(opened))
     saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
-    saved = store.int8(saved) if options.int8 else saved
+    is_default = options.int8 is None
+    int8 = int8_pays(saved.model, jax.default_backend()) if is_default else options.int8
+    saved = store.int8(saved, cache=not is_default) if int8 else saved
     chat = Chat(
         saved,
         chosen.sampling,
@@ -78,6 +83,8 @@ def run(
     )
     log.info("ready after %.1f s", time.monotonic() - start)
     screen.note(f"{shown_settings(chat.sampling)}; /help lists the commands")
+    if int8 and is_default:
+        screen.note("weights in int8, which is faster here; --noint8 keeps float32")
     for text in chosen.notes:
         screen.note(text)
     try:

@@ -245,7 +245,13 @@ def chat(fv: Flags) -> None:
     )
     system(fv)
     flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
-    flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
+    flags.DEFINE_bool(
+        "int8",
+        None,
+        "keep weights and cache in int8, or neither; default: the weights of a large dense model "
+        "on a CPU",
+        flag_values=fv,
+    )
     compilation_cache(fv)
 
 

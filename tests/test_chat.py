@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax import chat_terminal, json_text
+from rlhfjax import chat_settings, chat_terminal, json_text
 from rlhfjax.chat import Chat, Prompt, decode_stream
 from rlhfjax.chat_settings import Options, choose_settings, shown_settings
 from rlhfjax.chat_terminal import Screen, Session
@@ -19,6 +19,8 @@ from rlhfjax.data.chat import render_prompt
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
+from rlhfjax.models import Model
+from rlhfjax.models.presets import preset
 from rlhfjax.rl.rollout import row_keys, sample
 from rlhfjax.sampling import Sampling, generate
 from rlhfjax.tokenize_text import visible
@@ -493,3 +495,31 @@ def test_pitfall_29_equal_prompts_get_different_answers_on_every_device(saved):
     np.testing.assert_array_equal(
         same.responses, draws[0].responses
     )  # one device draws what four do
+
+
+def test_int8_is_the_default_of_large_dense_models_on_cpus(
+    saved, tmp_path, monkeypatch
+):
+    dense = preset("smollm2-135m")
+    mixture = dataclasses.replace(dense, n_experts=2, experts_per_token=1)
+    assert chat_settings.int8_pays(Model(dense), "cpu")
+    assert not chat_settings.int8_pays(Model(dense), "gpu")
+    assert not chat_settings.int8_pays(Model(mixture), "cpu")
+    assert not chat_settings.int8_pays(saved.model, "cpu")
+    store.save(tmp_path / "model", saved)
+    monkeypatch.setattr(chat_settings, "LARGE", 1)
+    started = []
+    original = chat_terminal.Chat
+
+    def chat(saved, *args, **options):
+        started.append(saved)
+        return original(saved, *args, **options)
+
+    monkeypatch.setattr(chat_terminal, "Chat", chat)
+    for int8, noted in ((None, True), (False, False), (True, False)):
+        options = dataclasses.replace(GREEDY, int8=int8)
+        _, notes = talk_in_terminal(tmp_path, "", options)
+        assert any("--noint8" in line for line in notes) == noted
+    tokens = [s.params["backbone"]["embed"]["tokens"].dtype for s in started]
+    assert tokens == [jnp.int8, jnp.float32, jnp.int8]
+    assert [s.model.int8_cache for s in started] == [False, False, True]

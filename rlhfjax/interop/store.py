@@ -261,13 +261,13 @@ def _restacked(params: PyTree, model: Model, other: Model) -> PyTree:
     return (stacked if other.config.scan_layers else unstacked)(params)
 
 
-def int8(saved: SavedModel) -> SavedModel:
-    """Returns the model with int8 weights and an int8 cache, for sampling.
+def int8(saved: SavedModel, cache: bool = True) -> SavedModel:
+    """Returns the model with int8 weights and perhaps an int8 cache, for sampling.
 
     `models.quantized` states its error.
     """
     quantize = jax.jit(lambda params: quantized.weights(params, saved.model.axes()))
-    model = dataclasses.replace(saved.model, int8_cache=True)
+    model = dataclasses.replace(saved.model, int8_cache=cache)
     return SavedModel(model, quantize(saved.params), saved.tokenizer)
 
 

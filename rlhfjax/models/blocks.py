@@ -84,7 +84,7 @@ class Project(nn.Module):
             scale = self.get_variable("params", "kernel" + quantized.SCALE)
             input_shape = scale.shape[: scale.ndim - len(out_shape)]
             scale = scale.reshape(*input_shape, flat.shape[1])
-            y = quantized.linear(x, flat, scale)
+            y = quantized.linear(x, flat, scale, self.dtype)
         else:
             y = linear(x, flat, self.dtype)
         if self._has_adapters():

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from rlhfjax.mesh import constrain, shards
+from rlhfjax.models import few_rows
 from rlhfjax.models.linear import product_dtype, transposed
 from rlhfjax.models.softcap import capped, slope
 from rlhfjax.types import PyTree
@@ -173,6 +174,10 @@ def unembed(
     Args:
       dtype: both are rounded to it before they are multiplied; None: that of hidden.
     """
+    if output.dtype == jnp.int8:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = few_rows.product(rows, output, tied, dtype)
+        return logits.reshape(*hidden.shape[:-1], -1)
     dtype = product_dtype(hidden, output, dtype)
     if dtype == str(hidden.dtype):
         return _product(hidden, output.astype(dtype), tied)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, UInt4
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.models import few_rows
 from rlhfjax.models.lora import Params
 
 SCALE = "_scale"
@@ -219,18 +220,30 @@ def linear(
     x: Float[Array, "b t x"],
     kernel: Integer[Array, "x y"],
     scale: Float[Array, "..."],
+    dtype: str | None = None,
 ) -> Float[Array, "b t y"]:
     """Returns x . (dequantized kernel) in x's dtype.
 
     The kernel is int8 with a scale [y], or NF4 (uint4) with a scale [x / block, y].
+
+    Args:
+      dtype: of the inputs of an int8 product in a decode step, see `few_rows`.
     """
-    product = _int8_product if kernel.dtype == jnp.int8 else _nf4_product
-    return _frozen(product, x, kernel, scale)
+    if kernel.dtype != jnp.int8:
+        return _frozen(_nf4_product, x, kernel, scale)
+    if x.shape[1] > 1:
+        return _frozen(_int8_product, x, kernel, scale)
+    return _frozen(functools.partial(_decoding_product, dtype), x, kernel, scale)
 
 
 def _int8_product(x, kernel, scale):
     y = jnp.einsum("btx,xy->bty", x, kernel.astype(x.dtype))
     return (y.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def _decoding_product(dtype, x, kernel, scale):
+    y = few_rows.product(x[:, 0], kernel, dtype=dtype) * scale
+    return y[:, None].astype(x.dtype)
 
 
 def _nf4_product(x, kernel, scale):
@@ -256,6 +269,8 @@ def _forward(product, x, kernel, scale):
 def _backward(product, saved, dy):
     kernel, scale = saved
     dy, kernel = jax.lax.optimization_barrier((dy, kernel))
+    if product is not _nf4_product:
+        product = _int8_product
     x = jax.ShapeDtypeStruct((*dy.shape[:-1], kernel.shape[0]), dy.dtype)
     (dx,) = jax.linear_transpose(lambda x: product(x, kernel, scale), x)(dy)
     return dx, None, None

@@ -209,3 +209,22 @@ def test_the_repetition_penalty_comes_before_temperature_and_is_in_the_logprob()
     tokens, logprobs = choose(logits, u, greedy, seen)
     assert tokens.tolist() == [1, 1]
     np.testing.assert_allclose(logprobs, -np.log1p(np.exp(-1)), rtol=1e-6)
+
+
+def test_top_k_and_top_p_keep_what_a_loop_over_the_tokens_keeps():
+    """With ties, both zeros, and tokens that were removed before."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 40)).astype(np.float32) * 3
+    logits[0] = np.round(logits[0])
+    logits[1, ::3], logits[1, 1::3] = 0.0, -0.0
+    logits[2, ::2] = -np.inf
+    logits[3] = 1e-30 * np.arange(40)
+    keep = jax.jit(lambda x: (keep_top_k(x, 7), keep_top_p(x, 0.6)))
+    by_k, by_p = (np.asarray(kept) > -np.inf for kept in keep(jnp.asarray(logits)))
+    for row, kept_k, kept_p in zip(logits, by_k, by_p, strict=True):
+        p = np.exp(row.astype(np.float64) - row.max())
+        p /= p.sum()
+        for i, x in enumerate(row):
+            is_drawn = x > -np.inf
+            assert kept_k[i] == (is_drawn and (row > x).sum() < 7)
+            assert kept_p[i] == (is_drawn and p[row > x].sum() < 0.6)
