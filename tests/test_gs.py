@@ -341,7 +341,7 @@ def test_a_sweep_in_a_bucket_runs_writes_its_tables_and_knows_what_is_finished(
     assert (bucket / "sweep" / "vocab=300" / "tokenizer.model").exists() and (
         bucket / "sweep" / "logs"
     ).exists()
-    assert "1 runs, 1 of them finished" in call(capsys, *args)[1]
+    assert "1 run, 1 of them finished" in call(capsys, *args)[1]
 
 
 # ------------------------------------------------------------------ runs
