@@ -3,9 +3,10 @@
 It covers operations, shapes, dtypes, constants, shardings, donation and layouts, which are in the
 module's text, the devices and the compile options. It leaves names out: of functions, which come
 from Python and are numbered by jax, of meshes, of the module and of results. The text has no
-source locations.
+source locations; the bytecode of a Pallas kernel within it has, and is read without them.
 """
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -17,12 +18,16 @@ from unittest import mock
 
 import jax
 from jax._src import compiler as jax_compiler
+from jax._src.interpreters import mlir
+from jax._src.lib import tpu
+from jax._src.lib.mlir import ir
 
 # A top-level definition of a module: a function or a mesh, indented by two blanks.
 DEFINITION = re.compile(r'^  [\w.]+(?: \w+)? @([\w.$-]+|"[^"]*")', re.MULTILINE)
 SYMBOL = re.compile(r'@([\w.$-]+|"[^"]*")')
 RESULT_NAME = re.compile(r'jax\.result_info = "[^"]*"(, )?')
 MODULE_NAME = re.compile(r'^module @(?:[\w.$-]+|"[^"]*")')
+KERNEL = re.compile(r"(?<=\\22body\\22: \\22)[A-Za-z0-9+/=]+")  # Mosaic's bytecode
 # Debug options that do not change the TPU compiler's answer: logging, and where a machine has CUDA.
 IGNORED = ("xla_detailed_logging", "xla_gpu")
 
@@ -77,6 +82,7 @@ def module_digest(text: str) -> str:
 
     So neither a function's name, nor its place, nor copies of it change the digest.
     """
+    text = KERNEL.sub(lambda match: kernel_digest(match[0]), text)
     body, _, footer = text.rpartition("\n}")
     found = list(DEFINITION.finditer(body))
     ends = [match.start() for match in found[1:]] + [len(body)]
@@ -101,6 +107,20 @@ def module_digest(text: str) -> str:
 
     head = MODULE_NAME.sub("module", body[: found[0].start()])
     return _sha256("\n".join((head, of("main"), footer)))
+
+
+@functools.cache
+def kernel_digest(body: str) -> str:
+    """Returns the SHA-256 of a Pallas kernel's operations, without the files and lines of them.
+
+    Args:
+      body: Mosaic's bytecode in base64.
+    """
+    with mlir.make_ir_context() as context, ir.Location.unknown():
+        tpu.register_dialect(context)
+        context.allow_unregistered_dialects = True
+        module = ir.Module.parse(base64.b64decode(body))
+        return _sha256(module.operation.get_asm(enable_debug_info=False))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """A digest changes with what a compiler is given, and with nothing else."""
 
+import base64
+import io
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -150,3 +154,27 @@ def test_a_module_by_hand():
     )
     wide = SQUARE.format("b").replace("f32", "f64")
     assert module(functions=DOUBLE.format("a") + wide) != expected
+
+
+def kernel(constant: int, file: str) -> str:
+    """Returns a module's text with a Pallas kernel whose operation stands in a line of a file."""
+    with mlir.make_ir_context(), ir.Location.file(file, 7, 1):
+        number = f'arith.constant {constant} : i32 loc("{file}":7:1)'
+        module = ir.Module.parse(f"module {{ %0 = {number} }}")
+        bytecode = io.BytesIO()
+        module.operation.write_bytecode(bytecode)
+    body = base64.b64encode(bytecode.getvalue()).decode()
+    config = f"{{\\22body\\22: \\22{body}\\22}}"
+    call = (
+        f'    stablehlo.custom_call @tpu_custom_call() {{backend_config = "{config}"}}'
+    )
+    return f"module @jit_f {{\n  func.func public @main() {{\n{call}\n  }}\n}}\n"
+
+
+def test_the_file_of_a_kernel_is_no_part_of_it_and_its_operations_are():
+    here, there = kernel(3, "here.py"), kernel(3, "elsewhere/there.py")
+    assert here != there
+    assert fingerprint.module_digest(here) == fingerprint.module_digest(there)
+    assert fingerprint.module_digest(here) != fingerprint.module_digest(
+        kernel(4, "here.py")
+    )
