@@ -5,7 +5,8 @@
 All variants run in one process, in rounds that measure each in turn; the table has the best round.
 Prompts are 128 random tokens, decoding is greedy and never ends early. A decode step reads every
 weight once: its bytes per second stand beside those of a copy. llama.cpp reads the same GGUF file
-with as many threads as CPUs and its own default cache, if the package cyllama is installed.
+with its own default cache, if the package cyllama is installed. Its threads wait for each other in a
+loop, which takes minutes where other programs run: `--threads=0` leaves it out.
 """
 
 import argparse
@@ -31,7 +32,14 @@ from rlhfjax.sampling import Sampling, generate
 PROMPT = 128
 COPY = 2**26  # floats
 LLAMA_CPP = "llama.cpp"
-KINDS = ("float32", "bfloat16_products", "int8 weights", "int8 weights and cache")
+# The dtype of a model's config, and what is int8 of it.
+KINDS = {
+    "float32": ("float32", ""),
+    "bfloat16_products": ("bfloat16_products", ""),
+    "int8 weights": ("float32", "weights"),
+    "int8 weights of bfloat16_products": ("bfloat16_products", "weights"),
+    "int8 weights and cache": ("float32", "weights and cache"),
+}
 Runs = dict[str, Callable[[], Any]]
 
 
@@ -42,6 +50,9 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    help = "of llama.cpp; 0 leaves it out"
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cpus, help=help)
     options = parser.parse_args()
     about = machine.sentence(machine.describe())
     saved = store.load(options.model, make_layout(devices=jax.devices()[:1]))
@@ -54,7 +65,7 @@ def main() -> None:
         for name, (model, params) in kinds.items():
             for new in (1, options.new):
                 runs[f"{name} {new}"] = ours(model, params, batch, new)
-        runs |= llama_cpp(options.model, batch, options.new)
+        runs |= llama_cpp(options.model, batch, options.new, options.threads)
         seconds = best(runs, options.rounds)
         for name, (_, params) in kinds.items():
             first, total = seconds[f"{name} 1"], seconds[f"{name} {options.new}"]
@@ -78,14 +89,11 @@ def row(batch: int, name: str, rate: float, step: float, read: str) -> str:
 
 def of_kind(saved: store.SavedModel, kind: str) -> tuple[Any, Any]:
     """Returns model and parameters of one of KINDS."""
-    if kind == "int8 weights and cache":
-        saved = store.int8(saved)
-    elif kind == "int8 weights":
-        saved = store.int8(saved, cache=False)
-    else:
-        config = dataclasses.replace(saved.model.config, dtype=kind)
-        return dataclasses.replace(saved.model, config=config), saved.params
-    return saved.model, saved.params
+    dtype, int8 = KINDS[kind]
+    if int8:
+        saved = store.int8(saved, cache="cache" in int8)
+    config = dataclasses.replace(saved.model.config, dtype=dtype)
+    return dataclasses.replace(saved.model, config=config), saved.params
 
 
 def ours(model: Any, params: Any, batch: int, new: int) -> Callable[[], Any]:
@@ -132,10 +140,10 @@ def best(runs: Runs, rounds: int) -> dict[str, float]:
     return seconds
 
 
-def llama_cpp(name: str, batch: int, new: int) -> Runs:
+def llama_cpp(name: str, batch: int, new: int, threads: int) -> Runs:
     """Returns a call that decodes `new` tokens per sequence in llama.cpp; none without cyllama."""
     file = gguf_file(name)
-    if file is None or importlib.util.find_spec("cyllama") is None:
+    if not threads or file is None or importlib.util.find_spec("cyllama") is None:
         return {}
     import cyllama.llama.llama_cpp as llama
 
@@ -144,14 +152,14 @@ def llama_cpp(name: str, batch: int, new: int) -> Runs:
     model_params.n_gpu_layers = 0
     params.n_ctx = params.n_batch = batch * (PROMPT + new)
     params.n_seq_max = batch
-    params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+    params.n_threads = params.n_threads_batch = threads
     model = llama.LlamaModel(file, model_params)
     context = llama.LlamaContext(model, params)
 
-    def decode(positions: range, is_last: bool) -> None:
-        size = batch * len(positions)
+    def decode(rows: int, positions: range, is_last: bool) -> None:
+        size = rows * len(positions)
         tokens = llama.LlamaBatch(n_tokens=size, embd=0, n_seq_max=batch)
-        for row in range(batch):
+        for row in range(rows):
             for position in positions:
                 tokens.add(position + row + 1, position, [row], is_last)
         context.decode(tokens)
@@ -161,10 +169,12 @@ def llama_cpp(name: str, batch: int, new: int) -> Runs:
         for i in range(batch):
             context.memory_seq_rm(i, PROMPT, -1)
         for position in range(PROMPT, PROMPT + new):
-            decode(range(position, position + 1), is_last=True)
+            decode(batch, range(position, position + 1), is_last=True)
         context.synchronize()
 
-    decode(range(PROMPT), is_last=False)
+    decode(1, range(PROMPT), is_last=False)
+    for i in range(1, batch):
+        context.memory_seq_cp(0, i, -1, -1)
     return {LLAMA_CPP: run}
 
 
