@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    help = "of llama.cpp; 0 leaves it out"
+    about_threads = "of llama.cpp; 0 leaves it out"
     cpus = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cpus, help=help)
+    parser.add_argument("--threads", type=int, default=cpus, help=about_threads)
     options = parser.parse_args()
     about = machine.sentence(machine.describe())
     saved = store.load(options.model, make_layout(devices=jax.devices()[:1]))
