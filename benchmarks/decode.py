@@ -5,8 +5,8 @@
 All variants run in one process, in rounds that measure each in turn; the table has the best round.
 Prompts are 128 random tokens, decoding is greedy and never ends early. A decode step reads every
 weight once: its bytes per second stand beside those of a copy. llama.cpp reads the same GGUF file
-with its own default cache, if the package cyllama is installed. Its threads wait for each other in a
-loop, which takes minutes where other programs run: `--threads=0` leaves it out.
+with its own default cache, if the package cyllama is installed. Its threads wait for each other in
+a loop, which takes minutes where other programs run: `--threads=0` leaves it out.
 """
 
 import argparse
