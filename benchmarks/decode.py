@@ -5,8 +5,8 @@
 All variants run in one process, in rounds that measure each in turn; the table has the best round.
 Prompts are 128 random tokens, decoding is greedy and never ends early. A decode step reads every
 weight once: its bytes per second stand beside those of a copy. llama.cpp reads the same GGUF file
-with its own default cache, if the package cyllama is installed. Its threads wait for each other in a
-loop, which takes minutes where other programs run: `--threads=0` leaves it out.
+with its own default cache, if the package cyllama is installed. Its threads wait for each other in
+a loop, which takes minutes where other programs run: `--threads=0` leaves it out.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    help = "of llama.cpp; 0 leaves it out"
+    about_threads = "of llama.cpp; 0 leaves it out"
     cpus = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cpus, help=help)
+    parser.add_argument("--threads", type=int, default=cpus, help=about_threads)
     options = parser.parse_args()
     about = machine.sentence(machine.describe())
     saved = store.load(options.model, make_layout(devices=jax.devices()[:1]))
