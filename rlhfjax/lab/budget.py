@@ -16,46 +16,53 @@ def lines(left: Sequence[Run], taken: int, shared: bool) -> list[str]:
       taken: number of runs whose results are committed; they cost nothing.
       shared: whether the runs share a stage cache.
     """
-    costs = dry_run.costs([(run.config, run.workdir) for run in left], shared)
+    runs = [(run.config, run.workdir) for run in left]
+    costs = dry_run.costs(runs, shared)
     base = [cost for cost in costs if cost.runs > 1]
     own = [cost for cost in costs if cost.runs == 1]
     text = [f"# study: {len(left)} runs to compute, {taken} taken from results"]
     for name, stages in _by_name(base):
+        count = len(stages)
         of_runs = sum(cost.runs for cost in stages)
-        text.append(
-            f"#   shared: {_times(stages)} {name} for {of_runs} runs: {_amount(stages)}"
-        )
+        amount = _amount(stages)
+        text.append(f"#   shared: {count} x {name} for {of_runs} runs: {amount}")
     for name, stages in _by_name(own):
-        text.append(f"#   {_times(stages)} {name}: {_amount(stages)}")
+        count = len(stages)
+        amount = _amount(stages)
+        text.append(f"#   {count} x {name}: {amount}")
     if costs:
-        text.append(f"#   all: {_amount(costs, base)}")
+        amount = _amount(costs, base)
+        text.append(f"#   all: {amount}")
     return text
 
 
 def _by_name(costs: Iterable[Cost]) -> list[tuple[str, list[Cost]]]:
     groups: dict[str, list[Cost]] = {}
     for cost in costs:
-        groups.setdefault(cost.name, []).append(cost)
+        group = groups.setdefault(cost.name, [])
+        group.append(cost)
     return list(groups.items())
-
-
-def _times(costs: Sequence[Cost]) -> str:
-    return f"{len(costs)} x"
 
 
 def _amount(costs: Sequence[Cost], base: Sequence[Cost] = ()) -> str:
     """Returns the tokens and the time of stages, and how much of it is for the shared ones."""
     tokens = sum(cost.tokens or 0.0 for cost in costs)
     known, unknown = _seconds(costs)
-    parts = [f"{announce.number(round(tokens))} tokens"] if tokens else []
+    parts = []
+    if tokens:
+        count = announce.number(round(tokens))
+        parts.append(f"{count} tokens")
     if known or not unknown:
-        parts.append(f"about {duration(known)}")
+        total = duration(known)
+        parts.append(f"about {total}")
     shared, _ = _seconds(base)
     if shared:
-        parts[-1] += f" ({duration(shared)} of it for the shared base)"
+        part = duration(shared)
+        parts[-1] += f" ({part} of it for the shared base)"
     if unknown:
+        names = ", ".join(unknown)
         what = "without" if known else "speed here unknown:"
-        parts.append(f"{what} {', '.join(unknown)}")
+        parts.append(f"{what} {names}")
     return ", ".join(parts)
 
 

@@ -46,26 +46,40 @@ def figure(study: Study, found: Sequence[Outcome]) -> Drawing | None:
 
 
 def paper(study: Study) -> Drawing | None:
-    """Returns the paper's shape, in gray and with axes of its own; None without points."""
+    """Returns the paper's shape, in gray and on separate axes; None without points."""
     shape = study.drawing.paper if study.drawing else ""
     if not isinstance(shape, Shape):
         return None
-    rows = [(label, x, y) for label, points in shape.lines.items() for x, y in points]
-    names, xs, ys = zip(*rows, strict=True)
+    columns: dict[str, list[Any]] = {"line": [], "x": [], "y": []}
     with matplotlib.rc_context(STYLE):
         svg, axes = axes_of(*SIZE)
         for i, (label, points) in enumerate(shape.lines.items()):
-            x, y = zip(*points, strict=True)
-            _, _, marker, _ = mark(2 * i)
-            style: Any = {"color": MUTED, "marker": marker, "ms": 3}
-            style |= {"lw": 1.3, "mew": 0, "ls": DASHES[i % len(DASHES)]}
-            axes.plot(x, y, label=_label(label), **style)
-        _scale(axes, shape.x_scale, [float(x) for x in xs])
+            x, y = np.array(points, np.float64).T
+            _draw_paper(axes, label, i, x, y)
+            columns["line"] += [label] * len(x)
+            columns["x"] += x.tolist()
+            columns["y"] += y.tolist()
+        _scale(axes, shape.x_scale, columns["x"])
         axes.set(xlabel=_label(shape.x))
         axes.set(ylabel=_label(shape.y))
         axes.legend(fontsize=7)
-        columns = {"line": names, "x": xs, "y": ys}
-        return drawing("paper", render(svg), columns)
+        image = render(svg)
+    return drawing("paper", image, columns)
+
+
+def _draw_paper(axes: Axes, label: str, i: int, x: np.ndarray, y: np.ndarray) -> None:
+    _, _, marker, _ = mark(2 * i)
+    axes.plot(
+        x,
+        y,
+        label=_label(label),
+        color=MUTED,
+        marker=marker,
+        markersize=3,
+        markeredgewidth=0,
+        linewidth=1.3,
+        linestyle=DASHES[i % len(DASHES)],
+    )
 
 
 # ------------------------------------------------------------------ what is drawn
@@ -123,21 +137,26 @@ def _values(study: Study, card: Figure, found: Sequence[Outcome]) -> Iterable[Li
 
 def _line(label: str, rows: Mapping[float, Mapping[str, float]]) -> Line:
     """Returns the line of {x: {seeds: y}}."""
-    bands = []
-    seeds: dict[str, tuple[list[float], list[float]]] = {}
+    means, halves = [], []
+    points: dict[str, list[tuple[float, float]]] = {}
     for place, row in rows.items():
-        column = np.array([*row.values()])[:, None]
-        bands.append(_band(column))
+        values = list(row.values())
+        mean, half = _band(np.array(values)[:, None])
+        means.append(mean[0])
+        halves.append(half[0])
         for seed, y in row.items():
-            xs, ys = seeds.setdefault(seed, ([], []))
-            xs.append(place)
-            ys.append(y)
+            own = points.setdefault(seed, [])
+            own.append((place, y))
+    seeds = {}
+    for seed, own in points.items():
+        x, y = np.array(own).T
+        seeds[seed] = (x, y)
     return Line(
         label,
         x=np.array(list(rows), np.float64),
-        seeds={seed: (np.array(x), np.array(y)) for seed, (x, y) in seeds.items()},
-        mean=np.array([mean[0] for mean, _ in bands]),
-        half=np.array([half[0] for _, half in bands]),
+        seeds=seeds,
+        mean=np.array(means),
+        half=np.array(halves),
     )
 
 
@@ -188,9 +207,11 @@ def _svg(card: Figure, lines: Sequence[Line], names: Sequence[str]) -> str:
         svg, axes = axes_of(*SIZE)
         for i, line in enumerate(lines):
             _draw(axes, line, i, joined=bool(card.x or card.lines))
-        _scale(axes, card.x_scale, [float(x) for line in lines for x in line.x])
-        axes.set(xlabel=_label(card.x_label or card.x))
-        axes.set(ylabel=_label(card.y_label or card.y))
+        xs = np.concatenate([line.x for line in lines])
+        _scale(axes, card.x_scale, xs.tolist())
+        x_label = _label(card.x_label or card.x)
+        y_label = _label(card.y_label or card.y)
+        axes.set(xlabel=x_label, ylabel=y_label)
         if not card.x and not card.lines:
             _name_places(axes, names)
         if any(line.label for line in lines):
@@ -207,7 +228,9 @@ def _draw(axes: Axes, line: Line, i: int, joined: bool) -> None:
     """Draws the seeds thin, the band pale and the mean thick."""
     color = (FIRST, SECOND)[i % 2]
     _, _, marker, _ = mark(i)
-    dashes = DASHES[i // 2 % len(DASHES)] if joined else ""
+    dashes = ""
+    if joined:
+        dashes = DASHES[i // 2 % len(DASHES)]
     thin: Any = {"color": color, "alpha": 0.35, "lw": 0.6}
     if not joined:
         thin |= {"ls": "", "marker": "o", "ms": 3.5, "mew": 0}

@@ -53,7 +53,8 @@ def curves(train: Curve | None, val: Curve | None) -> str:
         if val is not None:
             x, y = finite(val)
             style = {"color": SECOND, "marker": "o", "ms": 2.6}
-            axes.plot(x, y, **style, **_SOLID)
+            style |= _SOLID
+            axes.plot(x, y, **style)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         return render(figure)
@@ -66,7 +67,8 @@ def _line(axes: Axes, curve: Curve) -> None:
     is_noisy = len(x) > 40 and np.std(y - smoothed) > 0.02 * np.ptp(y)
     drawn = np.arange(len(x))
     if len(x) > MAX_POINTS:
-        drawn = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).astype(int))
+        places = np.linspace(0, len(x) - 1, MAX_POINTS)
+        drawn = np.unique(places.astype(int))
     style: dict[str, Any] = {"color": FIRST, "lw": 1.3}
     if is_noisy:
         axes.plot(x[drawn], y[drawn], color=FIRST, lw=0.8, alpha=0.35)
@@ -84,7 +86,8 @@ def smooth(y: np.ndarray) -> np.ndarray:
     that the curve can be compared with held-out points.
     """
     n = len(y)
-    total = np.concatenate([[0.0], np.cumsum(y, dtype=np.float64)])
+    sums = np.cumsum(y, dtype=np.float64)
+    total = np.concatenate([[0.0], sums])
     i = np.arange(n)
     half = np.minimum(n // 40, np.minimum(i, n - 1 - i))
     return (total[i + half + 1] - total[i - half]) / (2 * half + 1)
