@@ -25,7 +25,7 @@ def write(file: Path, rows: int) -> None:
 
 
 def measure(rows: int) -> dict[str, float]:
-    """Opens a file of so many rows twice and makes shuffled batches; returns seconds and MB."""
+    """Opens a file of `rows` rows twice and makes shuffled batches; returns seconds and MB."""
     from rlhfjax.data.loader import pretrain_batches
     from rlhfjax.data.sources import open_source
     from rlhfjax.data.tokenizer import train_sentencepiece

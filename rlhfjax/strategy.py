@@ -158,7 +158,7 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     Args:
       memory: bytes of one device.
     Raises:
-      ConfigError: no mesh of so many devices divides the batch and the models.
+      ConfigError: no mesh of this number of devices divides the batch and the models.
     """
     tried = []
     for name, axes in _candidates(need, devices, slices):

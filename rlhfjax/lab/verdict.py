@@ -40,7 +40,7 @@ class Result:
 
     @property
     def detectable(self) -> float | None:
-        """The smallest mean difference that so many seeds tell from 0, given the sd observed."""
+        """The smallest mean difference that these seeds distinguish from 0, given their sd."""
         if self.estimate is None or self.estimate.error == 0:
             return None
         half = statistics.interval(self.estimate, 1 - ALPHA)[1] - self.estimate.mean

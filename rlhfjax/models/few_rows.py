@@ -17,7 +17,7 @@ from rlhfjax.mesh import disjoint
 
 # With more rows, the product takes longer than the conversion.
 MOST_ROWS = 64
-# From so many rows on, a product of bfloat16 inputs takes less time than one of float32 inputs.
+# From this number of rows on, bfloat16 inputs make a product faster than float32 inputs.
 FEWEST_NARROW = 8
 TERMS = 8  # parts of one row's sums, which are added element by element
 OUTPUTS = 192  # converted at a time: 0.4 MB of 576 inputs

@@ -343,7 +343,7 @@ class Model:
     # ------------------------------------------------------------------ with a cache
 
     def for_decoding(self, params: Params, rows: int) -> Params:
-        """Returns the parameters that a decoding loop of so many rows reads; see `decoding`."""
+        """Returns the parameters that a decoding loop over `rows` rows reads; see `decoding`."""
         return decoding.rounded(self.config, params, rows)
 
     def init_cache(self, batch: int, length: int) -> Cache:

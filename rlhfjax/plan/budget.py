@@ -10,7 +10,7 @@ from rlhfjax.plan.price import NO_PRICES, Prices, cost
 
 
 class Fleet(NamedTuple):
-    """So many chips of one kind, as one number of FLOP/s."""
+    """A number of chips of one kind, with their total FLOP/s."""
 
     chip: Chip
     count: int
@@ -33,7 +33,7 @@ def fleet(topology: str) -> Fleet:
 
 
 def seconds(flops: float, chips: Fleet, mfu: float) -> float:
-    """Returns the time of so many model FLOPs at a share of the peak."""
+    """Returns the time of a number of model FLOPs at a share of the peak."""
     return flops / (mfu * chips.count * chips.chip.flops)
 
 
@@ -44,7 +44,7 @@ def text(
     mfu: float | None = None,
     prices: Prices = NO_PRICES,
 ) -> str:
-    """Returns what training a model on so many tokens takes, in sentences.
+    """Returns what training a model on a number of tokens takes, in sentences.
 
     Raises:
       ConfigError: only one of topology and mfu is given.

@@ -116,7 +116,7 @@ def plan_by_hand(
     """Returns the plan of a stage on the mesh that its config asks for.
 
     Raises:
-      ConfigError: no mesh of so many GPUs divides the stage.
+      ConfigError: no mesh of this number of GPUs divides the stage.
     """
     axes = axes_of(subject, cluster.count, cluster.chip.hbm)
     _validate_divides(subject, axes)
@@ -148,7 +148,7 @@ def _validate_divides(subject: Subject, axes: Axes) -> None:
 
 
 def axes_of(subject: Subject, devices: int, memory: float) -> Axes:
-    """Returns the axis sizes that a run on so many devices of one slice or node would have.
+    """Returns the axis sizes that a run on the devices of one slice or node would have.
 
     Args:
       memory: bytes of a device.

@@ -37,7 +37,7 @@ def gather(size: float, axis: str, axes: Axes, node: int = 0) -> Work:
 
 
 def send(size: float, axis: str, axes: Axes, node: int = 0) -> Work:
-    """Returns `gather` of a whole of which each device would send so many bytes within a slice."""
+    """Returns `gather` of an array, given the bytes that each device would send within a slice."""
     n = axes.get(axis, 1)
     if n == 1:
         return Work()

@@ -49,7 +49,7 @@ class Cost(NamedTuple):
 
 
 def cost(seconds: float, chips: Number, price: float | None = None) -> Cost:
-    """Returns the cost of a run of so many seconds; `price` is that of a chip-hour."""
+    """Returns the cost of a run from its seconds; `price` is that of a chip-hour."""
     chip_hours = seconds * chips / 3600
     money = None if price is None else price * chip_hours
     return Cost(days=seconds / DAY, chip_hours=chip_hours, money=money)

@@ -98,7 +98,7 @@ def microbatches(
 def meshes(
     subject: Subject, devices: int, vary: Sequence[str] = VARY
 ) -> list[MeshConfig]:
-    """Returns meshes of so many devices that divide the models, that of `mesh_for` first.
+    """Returns meshes of all devices that divide the models, that of `mesh_for` first.
 
     If the config gives a mesh, there is no other. Else they are all powers of 2 along data, fsdp
     and tensor; `tensor` has more than 8 devices only where the batch leaves no choice.

@@ -127,7 +127,7 @@ def cut_at_stop(
 
 
 def validate_buckets(buckets: int, length: int, stage: str) -> None:
-    """Raises ConfigError unless prompts of `length` tokens can have so many widths."""
+    """Raises ConfigError unless prompts of `length` tokens can have `buckets` widths."""
     if buckets > length:
         raise ConfigError(
             f"{stage}.prompt_buckets={buckets}: must be <= prompt_length={length}"

@@ -123,7 +123,7 @@ def choose(
 
 
 def given(c: TransformerConfig, axes: Axes, shards: int, stage: str) -> int:
-    """Returns the n of the decode layout whose weights are over so many devices.
+    """Returns the n of the decode layout whose weights are split over `shards` devices.
 
     Raises:
       ConfigError: they do not divide the model or the mesh.
