@@ -11,6 +11,7 @@ from rlhfjax import (
     arguments,
     command_flags,
     commands,
+    label_command,
     manual,
     plan_flags,
     process,
@@ -59,6 +60,12 @@ COMMANDS = {
     ),
     "eval": Command(commands.evaluate, config=True, several_hosts=True),
     "chat": Command(commands.chat, command_flags.chat, "--workdir=DIR | --model=MODEL"),
+    "label": Command(
+        label_command.run,
+        label_command.define,
+        "--workdir=DIR --from=DIR",
+        goes_on=True,
+    ),
     "report": Command(commands.report),
     "import": Command(
         commands.import_model,

@@ -35,8 +35,8 @@ from rlhfjax.web.replies import error, page
 
 PAGES = "rlhfjax.labeling.pages"
 FILES = {
-    ORGANIZER: ("organizer.js", "dom.js", "label.css"),
-    "labeler": ("label.js", "tasks.js", "rank.js", "dom.js", "label.css"),
+    ORGANIZER: ("organizer.js", "dom.js", "label.css", "icon.svg"),
+    "labeler": ("label.js", "tasks.js", "rank.js", "dom.js", "label.css", "icon.svg"),
 }
 FIRST_PAGE = {ORGANIZER: "organizer.html", "labeler": "label.html"}
 EXPORTED = (

@@ -140,7 +140,7 @@ function skip() {
 }
 
 function undo() {
-  if (!isBusy && reply?.can_undo && !task?.isRunning) send({ path: "undo", body: {} });
+  if (!isBusy && reply?.can_undo) send({ path: "undo", body: {} });
 }
 
 // Sends an action until the server has it; it is kept in the browser until then.
@@ -227,7 +227,10 @@ function onKey(event) {
 
 byId("submit").addEventListener("click", submit);
 byId("undo").addEventListener("click", undo);
-byId("confirm-skip").addEventListener("click", skip);
+byId("skip-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  skip();
+});
 for (const name of ["skip", "guidelines", "keys"]) {
   byId(`open-${name}`).addEventListener("click", () => open(name));
   for (const button of byId(name).querySelectorAll("[data-close]")) {

@@ -48,7 +48,7 @@ export function rank(item, before, changed, settings) {
         el("span", { class: "muted", text: "Rank" }),
         rank.node,
       ),
-      el("div", { class: "text", dir: "auto", tabindex: "0", text }),
+      el("div", { class: "text", dir: "auto", text }),
       el("div", { class: "head" }, el("span", { class: "muted", text: "Quality" }), rating.node),
       el(
         "details",

@@ -34,7 +34,7 @@ function needed(input, message) {
 function demonstrate(item, before, changed) {
   if (item.both_sides) return bothSides(item, before, changed);
   const text = before?.text ?? before?.messages?.at(-1).content ?? "";
-  const { input, node } = area("Your response", text, 9, changed);
+  const { input, node } = area("Your response", text, 8, changed);
   return {
     title: "Write the response",
     lead: "Write what the assistant should answer.",
@@ -157,7 +157,7 @@ function compare(item, before, changed) {
 // ---------------------------------------------------------------- edit
 
 function edit(item, before, changed) {
-  const { input, node } = area("Your version", before?.text ?? item.response, 9, changed);
+  const { input, node } = area("Your version", before?.text ?? item.response, 6, changed);
   const original = el(
     "article",
     { class: "card response", "aria-label": "The response as it was" },
@@ -256,7 +256,7 @@ function feedback(item, before) {
     start.classList.toggle("primary", state === "ready");
     start.disabled = state === "running";
     const good = marks.filter(([, value]) => value > 0).length;
-    const counted = `${good} times good, ${marks.length - good} times worse`;
+    const counted = `Good: ${good}. Worse: ${marks.length - good}.`;
     count.textContent = state === "ready" ? "" : counted;
   }
 
