@@ -60,13 +60,13 @@ COMMANDS = {
     ),
     "eval": Command(commands.evaluate, config=True, several_hosts=True),
     "chat": Command(commands.chat, command_flags.chat, "--workdir=DIR | --model=MODEL"),
+    "report": Command(commands.report),
     "label": Command(
         label_command.run,
         label_command.define,
         "--workdir=DIR --from=DIR",
         goes_on=True,
     ),
-    "report": Command(commands.report),
     "import": Command(
         commands.import_model,
         command_flags.import_model,

@@ -54,6 +54,8 @@ class Config(ShapedSamplingConfig):
     """Labels after which the stage ends; 0: when every item has its labels."""
     labelers: tuple[str, ...] = ()
     """Pseudonyms to invite; more may be invited while people label."""
+    simulated: str = ""
+    """A scorer that ranks in place of people, over HTTP: gold:NAME or rule:MODULE:FUNCTION."""
     overlap: Size = 1
     """Labelers per item, for inter-labeler agreement and more labels."""
     overlap_share: Share = 1.0

@@ -1,21 +1,24 @@
 """Serves the pages of a collection until it is complete."""
 
-import logging
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import sqlalchemy as sa
 
 from rlhfjax.labeling import queue
 from rlhfjax.labeling.app import MOST_BYTES, Collection, application
+from rlhfjax.labeling.client import label_by
 from rlhfjax.labeling.store import Store
 from rlhfjax.labeling.tables import open_items
+from rlhfjax.rewards.responses import Scorer
 from rlhfjax.web import access
 from rlhfjax.web.guard import guarded
 from rlhfjax.web.server import Server
 
-log = logging.getLogger("rlhfjax")
-POLL_SECONDS = 0.5
+SIMULATED = "simulated"
+POLL_SECONDS = 0.1
 LEAST_WAITING = 20  # labels that are needed, below which more responses are sampled
 
 
@@ -27,6 +30,7 @@ def until_complete(
     *,
     grace: float = 60.0,
     refill: Callable[[], bool] | None = None,
+    scorer: Scorer | None = None,
 ) -> None:
     """Serves the pages until there are enough labels.
 
@@ -34,6 +38,7 @@ def until_complete(
       labelers: pseudonyms to invite.
       grace: seconds that labelers have for what is on their screens, once there are enough labels.
       refill: adds items and returns whether there may be more; called while labelers work.
+      scorer: labels in place of people, by the name SIMULATED.
 
     Raises:
       ConfigError: the address cannot be bound.
@@ -44,7 +49,7 @@ def until_complete(
     for name in labelers:
         store.invite(name)
     app = guarded(application(collection), host=host, most_bytes=MOST_BYTES)
-    with Server(app, host, port) as server:
+    with Server(app, host, port) as server, _simulated(scorer, store, server.url):
         _print_links(store, server.url)
         while not queue.is_complete(store, rules):
             if refill is not None and queue.left(store) < LEAST_WAITING:
@@ -54,6 +59,23 @@ def until_complete(
         deadline = time.time() + grace
         while time.time() < deadline and _at_work(store):
             time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _simulated(scorer: Scorer | None, store: Store, url: str) -> Iterator[None]:
+    """Labels with a scorer in a thread of its own, through the server."""
+    if scorer is None:
+        yield
+        return
+    link = f"{url}/{store.invite(SIMULATED).token}/"
+    stop = threading.Event()
+    thread = threading.Thread(target=label_by, args=(scorer, link, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _print_links(store: Store, url: str) -> None:

@@ -29,7 +29,10 @@ from rlhfjax.mesh import Layout
 from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.rewards.load import label
+from rlhfjax.rewards.gold import SCORERS
+from rlhfjax.rewards.load import KINDS, describe, label
+from rlhfjax.rewards.responses import Scorer
+from rlhfjax.rewards.rules import Rule
 from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.roles import Role, Workload, job_workload, scorers
 from rlhfjax.stages.collect import FOLDER
@@ -76,6 +79,27 @@ def validate(
         raise ConfigError(f"label.reward={label(config.reward)}: tokenizer is needed")
     if config.init_from:
         _validate_live(config, layout, model_config)
+    if config.simulated and config.task not in ("rank", "compare"):
+        raise ConfigError(
+            f"label.simulated={config.simulated}: a program ranks and compares, it does not"
+            f" {config.task}"
+        )
+    if config.simulated:
+        kind, options = describe(config.simulated)
+        if kind not in ("gold", "rule"):
+            raise ConfigError(
+                f"label.simulated={config.simulated}: expected gold:NAME or"
+                " rule:MODULE:FUNCTION"
+            )
+        KINDS[kind].check(options)
+
+
+def simulated_scorer(name: str) -> Scorer | None:
+    """Returns what labels in place of people; None for the name ""."""
+    if not name:
+        return None
+    kind, options = describe(name)
+    return SCORERS[options.name]() if kind == "gold" else Rule(options)
 
 
 def _validate_live(
@@ -143,6 +167,7 @@ def _collect(config: Config, store: Any, filler: Any) -> None:
         config.labelers,
         grace=config.grace,
         refill=filler.refill if config.init_from else None,
+        scorer=simulated_scorer(config.simulated),
     )
 
 
