@@ -212,7 +212,7 @@ def _renew_preferences(store: Any, workdir: Any, config: dict[str, Any]) -> None
         return
     siblings = {stage.name[3:]: stage for stage in numbered(workdir.parent)}
     config = recipe.resolve(config, siblings, workdir.name[3:])
-    name = config.get("tokenizer") or config.get("init_from")
+    name = config.get("tokenizer")
     rows = preferences.rows(store.labels(), load_tokenizer(name) if name else None)
     if splits := export.both_splits(rows, config["validation"]):
         write_preferences(folder, splits, labeler="unnamed")

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -99,6 +100,9 @@ class Store:
             raise ConfigError(f"label: {path}: SQLite needs a folder on a local disk")
         _create_private(os.fspath(path))
         self.path = path
+        self._lock = (
+            threading.Lock()
+        )  # threads wait for it, and poll for other processes
         self._engine = sa.create_engine(
             sa.URL.create("sqlite", database=os.fspath(path)),
             connect_args={"timeout": BUSY_SECONDS},
@@ -120,7 +124,7 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """Yields a connection that alone may write; commits at the end, or rolls back."""
-        with self._engine.connect() as connection:
+        with self._lock, self._engine.connect() as connection:
             connection = connection.execution_options(begin="BEGIN IMMEDIATE")
             with connection.begin():
                 yield connection

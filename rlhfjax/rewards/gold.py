@@ -177,9 +177,18 @@ class ChineseSentiment(_Penalized):
         return text[at]
 
 
-SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment]] = {
+class Unlabeled:
+    """Scores every response 0, a tie: the labeler of `collect` where people label afterwards."""
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Returns zeros, float32 [n]."""
+        return np.zeros(len(responses), np.float32)
+
+
+SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Unlabeled]] = {
     "sentiment": Sentiment,
     "zh_sentiment": ChineseSentiment,
+    "unlabeled": Unlabeled,
 }
 """What makes each gold scorer, by name."""
 
