@@ -31,7 +31,7 @@ People = Annotated[int, Interval(ge=1, le=1000)]
 VARIANTS = (
     "",
     "rounds=2,task=compare,count=500",
-    "size=smoke,simulated=gold:sentiment",
+    "size=smoke,by=gold",
 )
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 START = ("tokenizer", "pretrain", "sft")

@@ -30,7 +30,8 @@ from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.gold import SCORERS
-from rlhfjax.rewards.load import KINDS, describe, label
+from rlhfjax.rewards.load import KINDS, label
+from rlhfjax.rewards.load import describe as describe_reward
 from rlhfjax.rewards.responses import Scorer
 from rlhfjax.rewards.rules import Rule
 from rlhfjax.rl.config import sampling_workload, validate_sampling
@@ -42,8 +43,9 @@ __all__ = ["Config"]
 
 
 def roles(config: Config) -> dict[str, Role]:
-    policy = {"policy": Role(config.init_from)} if config.init_from else {}
-    return {**policy, **scorers(reward=config.reward)}
+    if not config.init_from:  # the first role is the model that the stage works on
+        return {}
+    return {"policy": Role(config.init_from), **scorers(reward=config.reward)}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
@@ -85,7 +87,7 @@ def validate(
             f" {config.task}"
         )
     if config.simulated:
-        kind, options = describe(config.simulated)
+        kind, options = describe_reward(config.simulated)
         if kind not in ("gold", "rule"):
             raise ConfigError(
                 f"label.simulated={config.simulated}: expected gold:NAME or"
@@ -98,7 +100,7 @@ def simulated_scorer(name: str) -> Scorer | None:
     """Returns what labels in place of people; None for the name ""."""
     if not name:
         return None
-    kind, options = describe(name)
+    kind, options = describe_reward(name)
     return SCORERS[options.name]() if kind == "gold" else Rule(options)
 
 
