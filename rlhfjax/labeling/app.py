@@ -147,11 +147,11 @@ def start(collection: Collection, person: Person, given: Any) -> dict[str, Any]:
 def next_item(collection: Collection, person: Person, given: Any) -> dict[str, Any]:
     store, rules = collection.store, collection.rules
     found = queue.next_item(store, person.name, rules)
-    own = store.labels(who=person.name)
-    done = sum(label.kind == WORK and label.action == SUBMIT for label in own)
+    counts = store.counts(person.name)
+    done = counts.get((WORK, SUBMIT), 0)
     left = max(0, queue.wanted(store, rules) - store.label_count())
     reply: dict[str, Any] = {"progress": {"done": done, "left": left}}
-    reply["can_undo"] = bool(own)
+    reply["can_undo"] = bool(counts)
     if isinstance(found, str):
         return reply | {"state": found}
     reply |= {"state": "item", "event": found.event, "before": None}
@@ -159,7 +159,7 @@ def next_item(collection: Collection, person: Person, given: Any) -> dict[str, A
     if found.before is not None:
         reply["before"] = tasks.as_shown(found.task, found.order, found.before)
     if found.kind == SCREENING:
-        tested = sum(label.kind == SCREENING for label in own)
+        tested = sum(counts.get((SCREENING, action), 0) for action in (SUBMIT, SKIP))
         reply["test"] = {"number": tested + 1, "of": store.item_count(SCREENING)}
     return reply
 

@@ -281,6 +281,15 @@ class Store:
         with self.reading() as connection:
             return connection.scalar(wanted) or 0
 
+    def counts(self, who: str) -> dict[tuple[str, str], int]:
+        """Returns {(kind of item, submit or skip): number} of one labeler's labels."""
+        wanted = sa.select(items.c.kind, labels.c.action, sa.func.count())
+        wanted = wanted.join_from(labels, items, items.c.id == labels.c.item)
+        wanted = wanted.where(labels.c.who == who)
+        with self.reading() as connection:
+            rows = connection.execute(wanted.group_by(items.c.kind, labels.c.action))
+            return {(kind, action): count for kind, action, count in rows}
+
     def labels(self, *, who: str = "", kinds: Sequence[str] = ()) -> list[Label]:
         """Returns the labels and skips that were not undone, with their items, in order.
 
