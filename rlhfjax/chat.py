@@ -22,6 +22,7 @@ from rlhfjax.interop import store
 from rlhfjax.models.size import kv_cache_bytes, number_bytes
 from rlhfjax.sampling import Sampling, stream
 from rlhfjax.sampling.config import end_ids
+from rlhfjax.sampling.detokenizer import Detokenizer
 from rlhfjax.sampling.stop import until_stop
 
 # A prompt of a new length, and a cache of a new one, is a new program to compile.
@@ -241,13 +242,9 @@ class Chat:
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yields text as its tokens arrive; bytes of an unfinished character are held back."""
-    seen, shown = [], 0
+    detokenizer = Detokenizer(tokenizer)
     for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-    rest = tokenizer.decode(seen)[shown:]
-    if rest:
+        if piece := detokenizer.push(token):
+            yield piece
+    if rest := detokenizer.rest():
         yield rest
