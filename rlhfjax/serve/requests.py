@@ -96,6 +96,10 @@ class Full(Exception):
     """The engine's queue has no room for another request."""
 
 
+class Closed(Exception):
+    """The engine takes no more requests."""
+
+
 def validate_request(request: Request, length: int, vocab_size: int) -> None:
     """Validates a request. Raises ConfigError.
 
