@@ -9,7 +9,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.serve.pieces import Piece, TextStream
 from rlhfjax.serve.prepare import Prepared
 from rlhfjax.serve.refused import Refused
-from rlhfjax.serve.requests import End, Event, Full, Prompt, Token
+from rlhfjax.serve.requests import Closed, End, Event, Full, Prompt, Token
 from rlhfjax.serve.served import Served, Ticket
 
 RETRY_SECONDS = 1
@@ -69,6 +69,9 @@ class Run:
                     message = "all lanes and the queue are full; try again later"
                     raise Refused(429, message, seconds=RETRY_SECONDS) from None
                 return
+            except Closed as error:
+                self.cancel()
+                raise Refused(503, str(error), seconds=RETRY_SECONDS) from None
             except (ConfigError, ValueError) as error:
                 self.cancel()
                 raise Refused(400, str(error)) from None

@@ -19,7 +19,7 @@ from rlhfjax.rewards.responses import Reward
 from rlhfjax.roles import DISK
 from rlhfjax.serve.refused import Refused
 
-SHORTEST = 64  # tokens that prompts and responses are padded to; the others are its doubles
+SHORTEST = 16  # tokens that prompts and responses are padded to; the others are its doubles
 
 
 class Scored(NamedTuple):
@@ -79,12 +79,20 @@ class Scorer:
 
     def _score(self, prompt: list, response: list) -> float:
         pad_id = self._tokenizer.pad_id
-        left = pad_left([prompt], length=_padded(len(prompt)), pad_id=pad_id)
-        right = pad_right([response], length=_padded(len(response)), pad_id=pad_id)
+        p, r = self._lengths(len(prompt), len(response))
+        left = pad_left([prompt], length=p, pad_id=pad_id)
+        right = pad_right([response], length=r, pad_id=pad_id)
         tokens, attention_mask = np.concatenate([left, right], axis=2)
         mask = np.asarray(right[1], np.float32)
         rewards = self._reward(*jax.device_put((tokens, attention_mask, mask)))
         return float(np.asarray(rewards)[0])
+
+    def _lengths(self, prompt: int, response: int) -> tuple[int, int]:
+        """Returns what prompt and response are padded to: few lengths, each is compiled once."""
+        p, r = _padded(prompt), _padded(response)
+        if self._longest is None or p + r <= self._longest:
+            return p, r
+        return self._longest - response, response
 
 
 def _padded(length: int) -> int:
