@@ -16,7 +16,7 @@ from rlhfjax.errors import ConfigError, DataError, first_line, install
 from rlhfjax.sampling.config import end_ids
 
 # Without a limit, a model that likes blanks writes them until it is cut.
-_BLANKS = {"whitespace_pattern": r"[ \n]{0,16}"}
+_BLANKS: Any = {"whitespace_pattern": r"[ \n]{0,16}"}
 
 
 class Form(NamedTuple):

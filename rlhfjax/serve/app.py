@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's chat completions, completions and models, scores, comparisons, the page."""
+"""The HTTP API: completions and models as OpenAI has them, scores, comparisons, and the page."""
 
 import asyncio
 import contextlib
@@ -104,8 +104,7 @@ class Api:
     def _stats(self) -> dict[str, Any]:
         stats = {}
         for name, served in self.models.items():
-            about = served.engine.stats()
-            stats[name] = about._asdict() if isinstance(about, tuple) else about
+            stats[name] = served.engine.stats()._asdict()
         return stats
 
     async def settings(self, request: Request) -> Response:

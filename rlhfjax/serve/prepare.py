@@ -194,9 +194,7 @@ def form_of(fields: CommonFields) -> Form | None:
         form
         for form in (
             *_response_format(fields),
-            *_structured(
-                fields.guided_json, fields.guided_regex, fields.guided_choice
-            ),
+            *_structured(fields.guided_json, fields.guided_regex, fields.guided_choice),
             *_structured_outputs(fields),
         )
         if form is not None

@@ -1,8 +1,9 @@
 """The responses that an engine makes for one request of HTTP, as they come."""
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Literal, NamedTuple
 
 from rlhfjax.errors import ConfigError
@@ -79,10 +80,8 @@ class Run:
 
     def _emit(self, index: int, event: Event) -> None:
         """Passes an event from the engine's thread to the event loop, if that still runs."""
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
-        except RuntimeError:  # the loop is closed: nobody waits
-            pass
 
     def gone(self) -> None:
         """Ends `parts` with ClientGone."""

@@ -19,7 +19,9 @@ from rlhfjax.rewards.responses import Reward
 from rlhfjax.roles import DISK
 from rlhfjax.serve.refused import Refused
 
-SHORTEST = 16  # tokens that prompts and responses are padded to; the others are its doubles
+SHORTEST = (
+    16  # tokens that prompts and responses are padded to; the others are its doubles
+)
 
 
 class Scored(NamedTuple):

@@ -69,7 +69,7 @@ class Served:
         return self.token_bytes[token] if token < len(self.token_bytes) else b""
 
     def text_of(self, token: int) -> str:
-        r"""Returns the text of an id; as OpenAI does, `bytes:\xe2\x82` for a part of a character."""
+        r"""Returns the text of an id; as OpenAI, `bytes:\xe2\x82` for a part of a character."""
         text = self.bytes_of(token)
         try:
             return text.decode()

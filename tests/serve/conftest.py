@@ -25,13 +25,19 @@ def words(tmp_path_factory):
 def served(words):
     """served(text="…", **options of FakeEngine) -> a model that writes a text and ends its turn."""
 
-    def make(text="the cat ran", *, name="tiny", sampling=None, most_tokens=None, **options):
+    def make(
+        text="the cat ran", *, name="tiny", sampling=None, most_tokens=None, **options
+    ):
         def write(request):
             ids = text(request) if callable(text) else text
             ids = words.encode(ids) if isinstance(ids, str) else ids
             return [*ids, words.eos_id]
 
-        defaults = {"max_new_tokens": 16, "eos_id": words.eos_id, "pad_id": words.pad_id}
+        defaults = {
+            "max_new_tokens": 16,
+            "eos_id": words.eos_id,
+            "pad_id": words.pad_id,
+        }
         sampling = Sampling(**{**defaults, **(sampling or {})})
         engine = FakeEngine(write, vocab_size=words.vocab_size, **options)
         return Served(name, engine, words, sampling, most_tokens)

@@ -2,8 +2,13 @@
 
 import threading
 import time
+from typing import NamedTuple
 
 from rlhfjax.serve.requests import End, Full, Prompt, Token, validate_request
+
+
+class FakeStats(NamedTuple):
+    busy: int
 
 
 class FakeEngine:
@@ -32,7 +37,7 @@ class FakeEngine:
         return FakeTicket(self, request, emit)
 
     def stats(self):
-        return {"busy": self.busy}
+        return FakeStats(self.busy)
 
     def close(self):
         self.is_closed = True
@@ -57,7 +62,9 @@ class FakeTicket:
         request, engine = self._request, self._engine
         if request.prompt_logprobs:
             known = [self._token(j, id) for j, id in enumerate(request.tokens)]
-            self._emit(Prompt((known[0]._replace(logprob=float("nan"), top=()), *known[1:])))
+            self._emit(
+                Prompt((known[0]._replace(logprob=float("nan"), top=()), *known[1:]))
+            )
         if engine.crash:
             return End("error", engine.crash)
         for j, id in enumerate(engine.write(request)):

@@ -10,6 +10,7 @@ import pytest
 from rlhfjax.data.chat import render_prompt
 from rlhfjax.serve.app import Settings
 
+NAMES = ["a", "cat", "dog", "ran", "it"]
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -88,15 +89,15 @@ def test_a_seed_of_any_64_bits_is_taken(served, serve):
 
 
 def test_n_choices_in_order(served, serve):
-    model = served(lambda request: "a cat dog ran it".split()[request.seed])
+    model = served(lambda request: NAMES[request.seed])
     reply = ask(serve(model), seed=0, n=5)
-    assert [c.message.content for c in reply.choices] == "a cat dog ran it".split()
+    assert [c.message.content for c in reply.choices] == NAMES
     chunks = list(ask(serve(model), seed=0, n=5, stream=True))
     texts = [""] * 5
     for chunk in chunks:
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
-    assert texts == "a cat dog ran it".split()
+    assert texts == NAMES
 
 
 def test_a_stop_text_across_tokens_ends_the_response_and_its_lane(served, serve, words):
@@ -134,7 +135,9 @@ def test_log_probabilities_of_a_chat(served, serve, words):
     (choice,) = ask(url, logprobs=True, top_logprobs=2).choices
     content = choice.logprobs.content
     ids = words.encode(text)
-    assert [token.logprob for token in content] == [-(j + 1) / 4 for j in range(len(ids))]
+    assert [token.logprob for token in content] == [
+        -(j + 1) / 4 for j in range(len(ids))
+    ]
     assert bytes(b for token in content for b in token.bytes) == text.encode()
     assert content[-1].token == "bytes:\\xa9"
     first = content[0].top_logprobs
@@ -233,7 +236,9 @@ def test_the_errors_of_the_official_client(served, serve):
     ("method", "path", "status"),
     [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/score", 404)],
 )  # fmt: skip
-def test_paths_that_are_not_there_are_error_objects(served, serve, method, path, status):
+def test_paths_that_are_not_there_are_error_objects(
+    served, serve, method, path, status
+):
     reply = httpx.request(method, serve(served()) + path)
     assert reply.status_code == status
     assert reply.json()["error"]["message"]

@@ -78,7 +78,9 @@ def test_votes_are_added_to_those_of_before(file):
         ({"x": 1}, "unknown field 'x'"),
     ],
 )
-def test_a_vote_that_no_stage_could_read_is_refused(served, serve, file, change, message):
+def test_a_vote_that_no_stage_could_read_is_refused(
+    served, serve, file, change, message
+):
     url = serve(served(), comparisons=Comparisons(file)) + "/v1/comparisons"
     reply = httpx.post(url, json=VOTE | change)
     assert reply.status_code == 400

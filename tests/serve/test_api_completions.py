@@ -31,10 +31,13 @@ def test_lists_of_prompts_have_choices_in_order(served, serve, words):
     expected = [f" {len(one)}" for one in ids]
     assert [c.text for c in ask(url, ids).choices] == expected
     reply = ask(url, ids, n=2)
-    assert [c.text for c in reply.choices] == [text for text in expected for _ in (1, 2)]
+    assert [c.text for c in reply.choices] == [
+        text for text in expected for _ in (1, 2)
+    ]
     assert [c.index for c in reply.choices] == [0, 1, 2, 3]
     assert reply.usage.prompt_tokens == sum(map(len, ids))
-    assert [c.text for c in ask(url, ["a", "b c d"]).choices] == [" 2", f" {1 + len(words.encode('b c d'))}"]  # fmt: skip
+    texts = [c.text for c in ask(url, ["a", "b c d"]).choices]
+    assert texts == [" 2", f" {1 + len(words.encode('b c d'))}"]
 
 
 def test_echo_begins_with_the_prompt(served, serve):
@@ -79,7 +82,12 @@ def test_a_stream_has_the_same_log_probabilities(served, serve, words):
     url = serve(served(" ran é"))
     options = {"echo": True, "logprobs": 3}
     (whole,) = ask(url, "the cat", **options).choices
-    columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    columns = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
     text = ""
     for chunk in ask(url, "the cat", stream=True, **options):
         (choice,) = chunk.choices
@@ -93,7 +101,9 @@ def test_a_stream_has_the_same_log_probabilities(served, serve, words):
 
 def test_a_prompt_alone_is_scored_without_a_response(served, serve, words):
     model = served()
-    (choice,) = ask(serve(model), "the cat", echo=True, logprobs=0, max_tokens=0).choices
+    (choice,) = ask(
+        serve(model), "the cat", echo=True, logprobs=0, max_tokens=0
+    ).choices
     assert (choice.text, choice.finish_reason) == ("the cat", "length")
     assert len(choice.logprobs.tokens) == 1 + len(words.encode("the cat"))
     assert choice.logprobs.tokens[0] == "<s>"

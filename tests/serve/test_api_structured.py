@@ -22,7 +22,10 @@ SCHEMA = {
     [
         ({}, None),
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, Form("json", {"type": "object"})),
+        (
+            {"response_format": {"type": "json_object"}},
+            Form("json", {"type": "object"}),
+        ),
         (
             {
                 "response_format": {
