@@ -31,7 +31,7 @@ from rlhfjax.web.replies import error, page
 
 log = logging.getLogger("rlhfjax")
 PAGES = "rlhfjax.serve.pages"
-FILES = ("chat.css", "chat.js", "stream.js")
+FILES = ("chat.css", "chat.js", "stream.js", "icon.svg")
 OPEN_PATHS = ("/", "/health", *(f"/{name}" for name in FILES))
 """Paths without secrets, which need no token."""
 
