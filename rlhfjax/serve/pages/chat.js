@@ -69,9 +69,10 @@ async function respond(names) {
   render();
   scrollDown(true);
   await Promise.all(responses.map((response, i) => stream(response, messages, i)));
+  const near = isNearEnd();
   running = null;
   render();
-  scrollDown();
+  scrollDown(near); // what stands below a finished response, such as the votes
 }
 
 async function stream(response, messages, i) {
@@ -287,11 +288,14 @@ function say(text) {
   $("status").textContent = text;
 }
 
+function isNearEnd() {
+  const box = $("turns");
+  return box.scrollHeight - box.scrollTop - box.clientHeight < 120;
+}
+
 /** Scrolls to the end, unless the reader has scrolled up. */
 function scrollDown(always = false) {
-  const box = $("turns");
-  const rest = box.scrollHeight - box.scrollTop - box.clientHeight;
-  if (always || rest < 120) box.scrollTop = box.scrollHeight;
+  if (always || isNearEnd()) $("turns").scrollTop = $("turns").scrollHeight;
 }
 
 function resize() {
