@@ -18,17 +18,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models import kinds, quantized
 from rlhfjax.models.attention import attend, cached_attention
-from rlhfjax.models.cache import CachedLayer
 from rlhfjax.models.lora import Params
 from rlhfjax.models.quantized import Quantized
 from rlhfjax.models.transformer import Model
 
 
+Layer = jax.Array | Quantized  # [l, kv_heads, entries, head_dim]
+
+
 class LaneCache(NamedTuple):
     """Keys and values of l lanes: one array per layer, int8 if the model's cache is."""
 
-    k: tuple[CachedLayer, ...]  # [l, kv_heads, entries, head_dim] each
-    v: tuple[CachedLayer, ...]
+    k: tuple[Layer, ...]
+    v: tuple[Layer, ...]
 
 
 def empty_lanes(model: Model, lanes: int, entries: int) -> LaneCache:
@@ -36,7 +38,7 @@ def empty_lanes(model: Model, lanes: int, entries: int) -> LaneCache:
     c = model.config
     shape = (lanes, c.kv_heads, entries, c.head_dim)
 
-    def layer() -> CachedLayer:
+    def layer() -> Layer:
         if not model.int8_cache:
             return jnp.zeros(shape, c.activation_dtype)
         scale = jnp.zeros(shape[:3], jnp.float32)
@@ -137,15 +139,16 @@ def _visible_by_kind(
 # ------------------------------------------------------------------ one layer
 
 
-def _as_stored(cached: CachedLayer, new: Float[Array, "b g t k"]) -> CachedLayer:
+def _as_stored(cached: Layer, new: Float[Array, "b g t k"]) -> Layer:
+    """Returns keys or values in the form of the cache."""
     if isinstance(cached, Quantized):
         return quantized.absmax(new, (3,))
     return new
 
 
 def _write_tokens(
-    cached: CachedLayer, new: Float[Array, "l g 1 k"], *, entry: Int[Array, " l"]
-) -> CachedLayer:
+    cached: Layer, new: Float[Array, "l g 1 k"], *, entry: Int[Array, " l"]
+) -> Layer:
     lanes = jnp.arange(entry.shape[0])
 
     def write(old, x):
@@ -157,12 +160,12 @@ def _write_tokens(
 
 
 def _write_chunk(
-    cached: CachedLayer,
+    cached: Layer,
     new: Float[Array, "1 g c k"],
     *,
     lane: Int[Array, ""],
     start: Int[Array, ""],
-) -> CachedLayer:
+) -> Layer:
     def write(old, x):
         where = (lane, 0, start, 0)[: old.ndim]
         return jax.lax.dynamic_update_slice(old, x, where)
@@ -170,11 +173,11 @@ def _write_chunk(
     return jax.tree.map(write, cached, _as_stored(cached, new))
 
 
-def _read_lanes(cached: CachedLayer, *, entries: int) -> CachedLayer:
+def _read_lanes(cached: Layer, *, entries: int) -> Layer:
     return jax.tree.map(lambda x: x[:, :, :entries], cached)
 
 
-def _read_lane(cached: CachedLayer, *, lane: Int[Array, ""], entries: int) -> Any:
+def _read_lane(cached: Layer, *, lane: Int[Array, ""], entries: int) -> Any:
     """Returns the first entries of one lane, dequantized."""
 
     def read(x):

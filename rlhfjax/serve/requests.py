@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from rlhfjax.errors import ConfigError
 MOST_TOP = 20  # alternatives per token at most, as in OpenAI's API
 
 
+@runtime_checkable
 class Constraint(Protocol):
     """What a response may be: a schema, an expression, a choice. It belongs to one request.
 
