@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -22,7 +22,13 @@ from rlhfjax.serve.comparisons import Comparisons
 from rlhfjax.serve.fields import ChatFields, CommonFields, CompletionFields
 from rlhfjax.serve.prepare import Prepared, prepare_chat, prepare_completion, turns_of
 from rlhfjax.serve.refused import Refused
-from rlhfjax.serve.replies import EventStream, Streaming, collected, refusal
+from rlhfjax.serve.replies import (
+    CLIENT_GONE,
+    EventStream,
+    Streaming,
+    collected,
+    refusal,
+)
 from rlhfjax.serve.run import Run
 from rlhfjax.serve.score import Scorer
 from rlhfjax.serve.served import Served
@@ -82,6 +88,7 @@ class Api:
         ]
         handlers: dict[Any, Any] = {
             UserError: _on_user_error,
+            ClientDisconnect: _on_client_gone,
             HTTPException: _on_http_error,
             Exception: _on_unexpected,
         }
@@ -258,6 +265,11 @@ async def _on_user_error(request: Request, reason: Exception) -> Response:
     if isinstance(reason, Refused):
         return refusal(reason)
     return error(400, str(reason))
+
+
+async def _on_client_gone(request: Request, reason: Exception) -> Response:
+    """Ends a request whose client went before the server had read it."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _on_http_error(request: Request, reason: Exception) -> Response:

@@ -109,9 +109,7 @@ def assert_greedy_is_equal(model, params, n=24, seed=0):
     ]
     expected = generated(model, params, first, WIDTH, temperature=0.0)
     # Conversations that go on, and prompts that begin as others do.
-    turns = [
-        list(r.tokens) + e[0] for r, e in zip(first, expected, strict=True)
-    ]
+    turns = [list(r.tokens) + e[0] for r, e in zip(first, expected, strict=True)]
     second = [
         request(p, rng.randint(1, NEW), stop_ids=STOP)
         for p in prompts(rng, n // 2, turns)

@@ -331,7 +331,9 @@ def test_a_constraint_that_fails_ends_its_own_request(made):
     assert other.tokens == expected(made, free)
 
 
-def test_after_a_program_failed_the_engine_serves_with_an_empty_cache(made, monkeypatch):
+def test_after_a_program_failed_the_engine_serves_with_an_empty_cache(
+    made, monkeypatch
+):
     wanted = request(range(2, 12), 6)
     decode, calls = programs.decode, []
 
