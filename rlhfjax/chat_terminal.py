@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhfjax import chat_model
+from rlhfjax import chat_model, json_text, paths
 from rlhfjax.chat import Chat
 from rlhfjax.chat_settings import (
     Options,
@@ -27,6 +27,7 @@ from rlhfjax.data.chat import render
 from rlhfjax.errors import ConfigError, UserError
 from rlhfjax.interop import generation_config
 from rlhfjax.paths import Path
+from rlhfjax.sampling.structured import ANY_OBJECT, Form
 from rlhfjax.tokenize_text import print_pieces, visible
 
 log = logging.getLogger("rlhfjax")
@@ -234,6 +235,16 @@ class Session:
             self.chat.set_sampling(stop=ends)
         self.screen.note(shown_settings(self.chat.sampling))
 
+    def json(self, file: str) -> None:
+        """Makes responses JSON that fits a schema, or any JSON object without a file."""
+        if file == "-":
+            self.chat.set_form(None)
+            self.screen.note("responses are any text")
+            return
+        schema = json_text.read(paths.path(file)) if file else ANY_OBJECT.value
+        self.chat.set_form(Form("json", schema))
+        self.screen.note("responses are JSON; /json - allows any text again")
+
     def system(self, text: str) -> None:
         if text:
             self.chat.set_system("" if text == "-" else text)
@@ -283,6 +294,7 @@ HELP = '''\
 /temperature X, /top_p X, /top_k N, /min_p X, /repetition_penalty X, /max_new_tokens N: settings
 of the sampler
 /stop TEXT: ends responses before this text, \\n is a line break; /stop - removes it
+/json FILE: makes responses JSON that fits the schema in FILE; /json any object; /json - any text
 /retry: another response to the last message
 /undo: forgets the last message and its response
 /tokens: the conversation as the model sees it, and the tokens per second
@@ -292,6 +304,7 @@ Ctrl-C: stops the response; at the prompt, ends the program
 """ before and after a message of several lines'''
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "stop": Session.stop,
+    "json": Session.json,
     "system": Session.system,
     "retry": Session.retry,
     "undo": Session.undo,

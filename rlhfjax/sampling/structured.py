@@ -76,6 +76,14 @@ class Structure:
         self._validate()
         return np.frombuffer(bits, np.dtype("<u4"))
 
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """Returns `mask` as bool [vocab_size]."""
+        bits = np.unpackbits(self.mask().view(np.uint8), bitorder="little")
+        allowed = np.zeros(vocab_size, bool)
+        n = min(vocab_size, len(bits))
+        allowed[:n] = bits[:n]
+        return allowed
+
     def accept(self, token: int) -> None:
         """Takes the token that was drawn. Raises ConfigError if it may not follow."""
         self._matcher.consume_token(token)

@@ -87,6 +87,15 @@ def test_a_response_may_end_where_it_is_whole_and_nowhere_else(tokenizer, struct
     assert not constraint.is_complete
 
 
+def test_allowed_is_the_mask_for_every_size_of_a_vocabulary(tokenizer, structures):
+    constraint = structures.constraint(Form("regex", "at?"))
+    ids = allowed(constraint)
+    for size in (tokenizer.vocab_size, tokenizer.vocab_size + 70, ids[-1]):
+        mask = constraint.allowed(size)
+        assert mask.shape == (size,)
+        assert np.flatnonzero(mask).tolist() == [i for i in ids if i < size]
+
+
 def test_specials_never_follow(tokenizer, structures):
     specials = set(tokenizer.template.specials.values()) - {tokenizer.eos_id}
     constraint = structures.constraint(ANY_OBJECT)
