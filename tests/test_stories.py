@@ -91,8 +91,8 @@ def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
     requests = [world.draw_request(rng) for _ in range(300)]
     faultless = [world.draw_story(rng, each, 1.0, 1.0) for each in requests]
     assert set(map(world.worth, requests, faultless)) == {1.0}
-    found = [world.draw_story(rng, each, **world.FOUND) for each in requests]
-    written = [world.draw_story(rng, each, **world.WRITTEN) for each in requests]
+    found = [world.draw_story(rng, each, **world.WRITERS[1]) for each in requests]
+    written = [world.draw_story(rng, each, **world.LABELERS) for each in requests]
     means = [
         sum(map(world.worth, requests, stories)) / len(requests)
         for stories in (found, written)
@@ -105,6 +105,7 @@ def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
 
 def test_files_are_always_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "DOCUMENTS", 50)
+    monkeypatch.setattr(world, "FORUM", 30)
     monkeypatch.setattr(world, "CHATS", {"train": 20, "test": 10})
     for name in ("a", "b"):
         world.main(str(tmp_path / name))
@@ -114,7 +115,17 @@ def test_files_are_always_the_same(tmp_path, monkeypatch):
     )
     assert first == second
     assert {name: text.count(b"\n") for name, text in first.items()} == {
-        "text.jsonl": 50,
+        "documents.jsonl": 50,
+        "forum.jsonl": 30,
         "chats_train.jsonl": 20,
         "chats_test.jsonl": 10,
+        "prompted_test.jsonl": 10,
     }
+
+
+def test_a_prompt_after_examples_ends_with_the_prompt_without_them():
+    plain = list(world.chats(random.Random("test"), 5))
+    prompted = list(world.prompted(random.Random("test"), 5))
+    for row, alone in zip(prompted, plain, strict=True):
+        assert len(row["messages"]) == 6
+        assert row["messages"][-2:] == alone["messages"]

@@ -10,8 +10,10 @@ a model needs to read the request and to keep track of who is where and has what
 
 The command writes, always the same:
 
-    text.jsonl                       documents of mixed quality, for pretraining
-    chats_{train,validation,test}.jsonl   requests and stories, for fine-tuning and as prompts
+    documents.jsonl    stories of mixed quality, for pretraining
+    forum.jsonl        requests and stories of mixed quality, for pretraining
+    chats_SPLIT.jsonl  requests and stories of labelers, for fine-tuning and as prompts
+    prompted_test.jsonl  the prompts of chats_test.jsonl, each after two solved requests
 """
 
 import dataclasses
@@ -341,42 +343,67 @@ def _any_event(rng: random.Random, people: Sequence[str]) -> Event:
 
 # ------------------------------------------------------------------ files
 
-DOCUMENTS, CHATS = 60_000, {"train": 12_000, "validation": 600, "test": 1_000}
-# Quality of what people wrote: in documents, and in answers that were written for fine-tuning.
-FOUND = {"fulfilled": 0.5, "agreeing": 0.8}
-WRITTEN = {"fulfilled": 0.75, "agreeing": 0.95}
-ASKED = 0.6  # share of documents with the request that a story answers
+DOCUMENTS, FORUM = 20_000, 30_000
+CHATS = {"train": 12_000, "validation": 600, "test": 1_000}
+# Writers of what a model is pretrained on: some are careful, and one writes all turns of a page.
+WRITERS = (
+    {"fulfilled": 0.95, "agreeing": 0.98},
+    {"fulfilled": 0.5, "agreeing": 0.85},
+    {"fulfilled": 0.1, "agreeing": 0.6},
+)
+LABELERS = {"fulfilled": 0.75, "agreeing": 0.95}  # what is written for fine-tuning
+EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
 
 
-def documents(rng: random.Random) -> Iterator[dict[str, str]]:
-    """Yields documents: stories, most of them after the request for them."""
-    for _ in range(DOCUMENTS):
+def documents(rng: random.Random, rows: int) -> Iterator[dict[str, str]]:
+    """Yields stories that nobody asked for."""
+    for _ in range(rows):
         request = draw_request(rng)
-        story = draw_story(rng, request, **FOUND)
-        asked = rng.random() < ASKED
-        text = f"Request: {request.text()}\nStory: {story}" if asked else story
-        yield {"text": text}
+        yield {"text": draw_story(rng, request, **rng.choice(WRITERS))}
+
+
+def forum(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
+    """Yields pages of one to three requests and stories, each page by one writer."""
+    for _ in range(rows):
+        writer, turns = rng.choice(WRITERS), rng.randint(1, 1 + EXAMPLES)
+        yield {"messages": [m for _ in range(turns) for m in turn(rng, writer)]}
 
 
 def chats(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
     """Yields conversations of a request and a story."""
     for _ in range(rows):
-        request = draw_request(rng)
-        turns = (request.text(), draw_story(rng, request, **WRITTEN))
-        roles = ("user", "assistant")
-        messages = [
-            {"role": r, "content": c} for r, c in zip(roles, turns, strict=True)
-        ]
-        yield {"messages": messages}
+        yield {"messages": turn(rng, LABELERS)}
+
+
+def prompted(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
+    """Yields the conversations of `chats`, each after examples of a careful writer."""
+    solved = random.Random("examples")
+    for row in chats(rng, rows):
+        before = [m for _ in range(EXAMPLES) for m in turn(solved, WRITERS[0])]
+        yield {"messages": before + row["messages"]}
+
+
+def turn(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]]:
+    """Returns a request and a writer's story as messages."""
+    request = draw_request(rng)
+    story = draw_story(rng, request, **writer)
+    return [
+        {"role": "user", "content": request.text()},
+        {"role": "assistant", "content": story},
+    ]
 
 
 def main(folder: str) -> None:
     """Writes all files into a folder."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    write_jsonl(path / "text.jsonl", documents(random.Random("documents")))
+    rng = random.Random
+    write_jsonl(path / "documents.jsonl", documents(rng("documents"), DOCUMENTS))
+    write_jsonl(path / "forum.jsonl", forum(rng("forum"), FORUM))
     for split, rows in CHATS.items():
-        write_jsonl(path / f"chats_{split}.jsonl", chats(random.Random(split), rows))
+        write_jsonl(path / f"chats_{split}.jsonl", chats(rng(split), rows))
+    rows = CHATS["test"]
+    write_jsonl(path / "prompted_test.jsonl", prompted(rng("test"), rows))
 
 
 if __name__ == "__main__":
