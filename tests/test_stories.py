@@ -1,11 +1,17 @@
 """The small world of the studies: what a story is worth, by hand, and what is drawn."""
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 
-from experiments.stories import world
-from experiments.stories.world import Event, Request, Wish
+from rlhfjax import json_text
+from rlhfjax.data import sources
+from rlhfjax.data.stories import PromptedStories, Stories
+from rlhfjax.rewards.gold import SCORERS
+from rlhfjax.stories import draw, world
+from rlhfjax.stories.world import Event, Request, Wish
 
 ANNA_AND_BEN = (
     "Tell a story about Anna and Ben. Anna takes the red ball. Ben gets the ball."
@@ -70,14 +76,14 @@ def test_only_the_last_request_counts():
 def test_a_request_is_read_as_it_was_drawn():
     rng = random.Random(0)
     for _ in range(300):
-        request = world.draw_request(rng)
+        request = draw.draw_request(rng)
         assert world.read_request(request.text()) == request
     assert world.read_request("Anna takes the red ball.") is None
 
 
 def test_a_story_is_read_as_it_was_written():
     rng = random.Random(1)
-    events = [world._any_event(rng, world.PEOPLE) for _ in range(200)]
+    events = [draw._any_event(rng, world.PEOPLE) for _ in range(200)]
     assert {event.form for event in events} == set(world.FORMS)
     assert world.read_story(" ".join(e.sentence() for e in events)) == events
     assert world.read_story("Anna was sad.  So Ben") == [
@@ -88,11 +94,11 @@ def test_a_story_is_read_as_it_was_written():
 
 def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
     rng = random.Random(2)
-    requests = [world.draw_request(rng) for _ in range(300)]
-    faultless = [world.draw_story(rng, each, 1.0, 1.0) for each in requests]
+    requests = [draw.draw_request(rng) for _ in range(300)]
+    faultless = [draw.draw_story(rng, each, 1.0, 1.0) for each in requests]
     assert set(map(world.worth, requests, faultless)) == {1.0}
-    found = [world.draw_story(rng, each, **world.WRITERS[1]) for each in requests]
-    written = [world.draw_story(rng, each, **world.LABELERS) for each in requests]
+    found = [draw.draw_story(rng, each, **draw.WRITERS[1]) for each in requests]
+    written = [draw.draw_story(rng, each, **draw.LABELERS) for each in requests]
     means = [
         sum(map(world.worth, requests, stories)) / len(requests)
         for stories in (found, written)
@@ -103,29 +109,35 @@ def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
     assert others < 0.02
 
 
-def test_files_are_always_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "DOCUMENTS", 50)
-    monkeypatch.setattr(world, "FORUM", 30)
-    monkeypatch.setattr(world, "CHATS", {"train": 20, "test": 10})
-    for name in ("a", "b"):
-        world.main(str(tmp_path / name))
-    first, second = (
-        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
-        for name in ("a", "b")
-    )
-    assert first == second
-    assert {name: text.count(b"\n") for name, text in first.items()} == {
-        "documents.jsonl": 50,
-        "forum.jsonl": 30,
-        "chats_train.jsonl": 20,
-        "chats_test.jsonl": 10,
-        "prompted_test.jsonl": 10,
-    }
+def first(builder, split, n):
+    examples = itertools.islice(builder().examples_of(split), n)
+    return [json_text.parse(example["messages"]) for _, example in examples]
 
 
 def test_a_prompt_after_examples_ends_with_the_prompt_without_them():
-    plain = list(world.chats(random.Random("test"), 5))
-    prompted = list(world.prompted(random.Random("test"), 5))
-    for row, alone in zip(prompted, plain, strict=True):
-        assert len(row["messages"]) == 6
-        assert row["messages"][-2:] == alone["messages"]
+    plain, prompted = (first(each, "test", 5) for each in (Stories, PromptedStories))
+    for turns, alone in zip(prompted, plain, strict=True):
+        assert len(turns) == 6 and turns[-2:] == alone
+    assert len({turns[0]["content"] for turns in prompted}) == 5
+    assert first(Stories, "train", 1) != first(Stories, "test", 1)
+
+
+def test_the_builders_are_read_by_name():
+    kinds = {
+        "stories": ("messages", 1000),
+        "stories_prompted": ("messages", 1000),
+        "stories_forum": ("messages", 500),
+        "stories_documents": ("text", 500),
+    }
+    for name, (kind, rows) in kinds.items():
+        source = sources.open_source(f"tfds:{name}", split="test")
+        assert (source.kind, len(source)) == (kind, rows)
+    forum = sources.open_source("tfds:stories_forum", split="test")
+    turns = {len(forum[i]["messages"]) for i in range(20)}
+    assert turns == {2, 4, 6}
+
+
+def test_the_gold_reward_reads_the_prompt():
+    prompts = [f"<|user|>{ANNA_AND_BEN}<|assistant|>", "<|user|>Hi<|assistant|>"]
+    scores = SCORERS["stories"]()(prompts, ["Anna took the red ball."] * 2)
+    assert (scores.tolist(), scores.dtype) == ([0.25, 0.0], np.float32)

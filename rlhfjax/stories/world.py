@@ -1,30 +1,16 @@
-"""Stories in a small world: requests for them, stories that fulfill requests, and their worth.
-
-    python -m experiments.stories.world data/stories
+"""Stories in a small world: requests for them, and what a story is worth.
 
 A story is a few sentences about two people who go to places, take and give things, meet and have
 moods. A request says what must happen in it. Whether a story does that, and whether its sentences
-agree with each other, is decided by following it: `score`, the gold reward of the studies. Neither
-the length of a story nor any word makes it good, since what is asked for differs between requests;
-a model needs to read the request and to keep track of who is where and has what.
-
-The command writes, always the same:
-
-    documents.jsonl    stories of mixed quality, for pretraining
-    forum.jsonl        requests and stories of mixed quality, for pretraining
-    chats_SPLIT.jsonl  requests and stories of labelers, for fine-tuning and as prompts
-    prompted_test.jsonl  the prompts of chats_test.jsonl, each after two solved requests
+agree with each other, is decided by following it (`worth`): the gold reward of the studies. No
+length and no word makes a story good, since what is asked for differs between requests; a model
+has to read the request and to keep track of who is where and has what.
 """
 
 import dataclasses
-import random
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from rlhfjax.jsonl import write_jsonl
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 PEOPLE = (
     "Anna", "Ben", "Clara", "David", "Emma", "Finn", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo",
@@ -235,178 +221,11 @@ def worth(request: Request, story: str) -> float:
     return fulfilled * agreed / len(events)
 
 
-def score(prompt: str, response: str, metadata: Any = None) -> float:
-    """Returns what a response to the last user's turn is worth, 0 to 1: a rule reward."""
-    del metadata
-    request = read_request(prompt.rpartition("<|user|>")[2])
-    return 0.0 if request is None else worth(request, response)
-
-
-# ------------------------------------------------------------------ drawing
-
-
-def draw_request(rng: random.Random) -> Request:
-    """Returns a request with one to four wishes that can come true together."""
-    first, second = rng.sample(PEOPLE, 2)
-    thing = rng.choice(THINGS)
-    possible = [
-        Wish("takes", (first, rng.choice(COLORS), thing)),
-        Wish("gets", (second, thing)),
-        Wish("ends", (rng.choice((first, second)), rng.choice(PLACES))),
-        Wish("feels", (rng.choice((first, second)), rng.choice(MOODS))),
-    ]
-    kept = sorted(rng.sample(range(len(possible)), rng.randint(1, len(possible))))
-    return Request((first, second), tuple(possible[i] for i in kept))
-
-
-def draw_story(
-    rng: random.Random, request: Request, fulfilled: float, agreeing: float
-) -> str:
-    """Returns a story.
+def score(prompt: str, response: str) -> float:
+    """Returns what a response to the last user's turn is worth, 0 to 1.
 
     Args:
-      fulfilled: probability of each wish to be told.
-      agreeing: probability of each sentence to agree with those before it.
+      prompt: with our chat markers.
     """
-    world = World(request.people)
-    events: list[Event] = []
-
-    def tell(event: Event) -> None:
-        if rng.random() > agreeing:
-            event = _any_event(rng, rng.sample(PEOPLE, 2))
-        world.follow(event)
-        events.append(event)
-
-    for wish in request.wishes:
-        if len(events) < 3 and rng.random() < 1 / 3:
-            tell(_filler(rng, world, request))
-        if rng.random() < fulfilled and not world.fulfills(wish):
-            for event in _steps(rng, world, wish):
-                tell(event)
-    while len(events) < 3:
-        tell(_filler(rng, world, request))
-    return " ".join(event.sentence() for event in events)
-
-
-def _steps(rng: random.Random, world: World, wish: Wish) -> Iterator[Event]:
-    """Yields the events that make a wish come true, as the world is when each is asked for."""
-    person, *others = wish.words
-    if wish.form == "takes":
-        yield Event("took", wish.words)
-    elif wish.form == "ends":
-        yield Event("went", wish.words)
-    elif wish.form == "feels":
-        yield Event("was", wish.words)
-    else:
-        thing = others[0]
-        other = next(each for each in world.people if each != person)
-        if world.holder.get(thing) is None:
-            yield Event(
-                "took", (other, world.color.get(thing) or rng.choice(COLORS), thing)
-            )
-        if not world.are_together():
-            place = world.place.get(other)
-            mover, place = (person, place) if place else (other, world.place[person])
-            yield Event("went", (mover, place))
-        yield Event("gave", (other, thing, person))
-
-
-def _filler(rng: random.Random, world: World, request: Request) -> Event:
-    """Returns an event that can happen and that no wish is about."""
-    words = {word for wish in request.wishes for word in wish.words}
-    while True:
-        event = _any_event(rng, world.people)
-        about_wish = event.form in ("went", "was") and event.words[0] in words
-        about_wish |= event.form == "took" and event.words[-1] in words
-        if (
-            not about_wish
-            and event.form not in ("lost", "gave")
-            and world.agrees(event)
-        ):
-            return event
-
-
-def _any_event(rng: random.Random, people: Sequence[str]) -> Event:
-    """Returns an event about two people, whether it can happen or not."""
-    first, second = rng.sample(list(people), 2)
-    thing, form = rng.choice(THINGS), rng.choice(list(FORMS))
-    words = {
-        "went": (first, rng.choice(PLACES)),
-        "took": (first, rng.choice(COLORS), thing),
-        "gave": (first, thing, second),
-        "lost": (first, thing),
-        "met": (first, second),
-        "was": (first, rng.choice(MOODS)),
-    }
-    return Event(form, words[form])
-
-
-# ------------------------------------------------------------------ files
-
-DOCUMENTS, FORUM = 20_000, 30_000
-CHATS = {"train": 12_000, "validation": 600, "test": 1_000}
-# Writers of what a model is pretrained on: some are careful, and one writes all turns of a page.
-WRITERS = (
-    {"fulfilled": 0.95, "agreeing": 0.98},
-    {"fulfilled": 0.5, "agreeing": 0.85},
-    {"fulfilled": 0.1, "agreeing": 0.6},
-)
-LABELERS = {"fulfilled": 0.75, "agreeing": 0.95}  # what is written for fine-tuning
-EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
-
-
-def documents(rng: random.Random, rows: int) -> Iterator[dict[str, str]]:
-    """Yields stories that nobody asked for."""
-    for _ in range(rows):
-        request = draw_request(rng)
-        yield {"text": draw_story(rng, request, **rng.choice(WRITERS))}
-
-
-def forum(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
-    """Yields pages of one to three requests and stories, each page by one writer."""
-    for _ in range(rows):
-        writer, turns = rng.choice(WRITERS), rng.randint(1, 1 + EXAMPLES)
-        yield {"messages": [m for _ in range(turns) for m in turn(rng, writer)]}
-
-
-def chats(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
-    """Yields conversations of a request and a story."""
-    for _ in range(rows):
-        yield {"messages": turn(rng, LABELERS)}
-
-
-def prompted(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
-    """Yields the conversations of `chats`, each after examples of a careful writer."""
-    solved = random.Random("examples")
-    for row in chats(rng, rows):
-        before = [m for _ in range(EXAMPLES) for m in turn(solved, WRITERS[0])]
-        yield {"messages": before + row["messages"]}
-
-
-def turn(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]]:
-    """Returns a request and a writer's story as messages."""
-    request = draw_request(rng)
-    story = draw_story(rng, request, **writer)
-    return [
-        {"role": "user", "content": request.text()},
-        {"role": "assistant", "content": story},
-    ]
-
-
-def main(folder: str) -> None:
-    """Writes all files into a folder."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    rng = random.Random
-    write_jsonl(path / "documents.jsonl", documents(rng("documents"), DOCUMENTS))
-    write_jsonl(path / "forum.jsonl", forum(rng("forum"), FORUM))
-    for split, rows in CHATS.items():
-        write_jsonl(path / f"chats_{split}.jsonl", chats(rng(split), rows))
-    rows = CHATS["test"]
-    write_jsonl(path / "prompted_test.jsonl", prompted(rng("test"), rows))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m experiments.stories.world FOLDER")
-    main(sys.argv[1])
+    request = read_request(prompt.rpartition("<|user|>")[2])
+    return 0.0 if request is None else worth(request, response)
