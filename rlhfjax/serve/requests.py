@@ -111,7 +111,7 @@ def validate_request(request: Request, length: int, vocab_size: int) -> None:
     n = len(request.tokens)
     if not n:
         raise ConfigError("tokens: the prompt is empty, must have at least one token")
-    if not (0 <= min(request.tokens) and max(request.tokens) < vocab_size):
+    if not (min(request.tokens) >= 0 and max(request.tokens) < vocab_size):
         raise ConfigError(f"tokens: every id must be >= 0 and < {vocab_size}")
     if request.max_tokens < 0:
         raise ConfigError(f"max_tokens={request.max_tokens}: must be >= 0")

@@ -1,4 +1,4 @@
-"""What the engine does with its lanes and its queue: no compilation, cancels, ends, errors, reuse."""
+"""What the engine does with its lanes and queue: no compilation, cancels, ends, errors, reuse."""
 
 import logging
 import random
@@ -257,7 +257,7 @@ def test_a_full_queue_takes_no_request_and_then_takes_one_again(made):
         engine.submit(request([4], 4), gate)
         assert gate.reached.wait(PATIENCE)
         tickets = [engine.submit(request([5], 2), emit) for emit in waiting]
-        with pytest.raises(Full, match="^2 requests are waiting already$"):
+        with pytest.raises(Full, match=r"^2 requests are waiting already$"):
             engine.submit(request([6], 2), Received())
         tickets[0].cancel()
         gate.open.set()
@@ -276,7 +276,7 @@ def test_closing_cancels_what_runs_or_lets_it_end(made):
         closing = threading.Thread(target=engine.close, args=(seconds,))
         closing.start()
         until(lambda engine=engine: engine._closes_at is not None)
-        with pytest.raises(Closed, match="^the engine is shutting down$"):
+        with pytest.raises(Closed, match=r"^the engine is shutting down$"):
             engine.submit(request([6], 8), Received())
         gate.open.set()
         closing.join(PATIENCE)
@@ -331,7 +331,9 @@ def test_a_constraint_that_fails_ends_its_own_request(made):
     assert other.tokens == expected(made, free)
 
 
-def test_after_a_program_failed_the_engine_serves_with_an_empty_cache(made, monkeypatch):
+def test_after_a_program_failed_the_engine_serves_with_an_empty_cache(
+    made, monkeypatch
+):
     wanted = request(range(2, 12), 6)
     decode, calls = programs.decode, []
 
