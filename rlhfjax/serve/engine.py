@@ -209,6 +209,9 @@ class Engine:
         self._end_prompts()
         if packed is not None:
             self._collect(decoding, unpack(packed))
+        else:
+            # Else all chunks of a prompt would be begun at once, before any other request.
+            self._device.wait()
 
     def _end_cancelled(self) -> None:
         closes = self._closes_at

@@ -186,7 +186,7 @@ def test_logprobs_are_the_models_whatever_the_temperature():
     sampled = request(prompt, NEW, temperature=1.0, seed=4)
     expected = generated(model, params, [sampled], WIDTH, temperature=1.0)[0]
     hot = request(prompt, NEW, temperature=2.5, seed=4, logprobs=5)
-    with Engine(model, params, lanes=2, length=LENGTH, chunk=4) as engine:
+    with Engine(model, params, lanes=3, length=LENGTH, chunk=4) as engine:
         at_1, at_hot = served(engine, sampled, hot)
     assert at_1.tokens == expected[0]
     np.testing.assert_allclose(at_1.logprobs, expected[1], atol=1e-5)
