@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhfjax.errors import ConfigError, DataError, first_line, install
 from rlhfjax.evals.text import repeated_n, words
+from rlhfjax.stories import world
 
 REPEATED_WORDS_ALLOWED = 0.25
 """share of a response's words that are repetitions; 95 % of human turns have less"""
@@ -177,9 +178,25 @@ class ChineseSentiment(_Penalized):
         return text[at]
 
 
-SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment]] = {
+class Stories:
+    """Scores a story by what the last user's turn asks for, 0 to 1: `stories.world.worth`.
+
+      gold(story) = share of the wishes that come true x share of the sentences that agree
+
+    Neither length nor a list of words predicts it, and a model needs capability to raise it. Its
+    data are tfds:stories.
+    """
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Returns the score of each response, float32 [n]; there are as many prompts."""
+        pairs = zip(prompts, responses, strict=True)
+        return np.array([world.score(*pair) for pair in pairs], dtype=np.float32)
+
+
+SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Stories]] = {
     "sentiment": Sentiment,
     "zh_sentiment": ChineseSentiment,
+    "stories": Stories,
 }
 """What makes each gold scorer, by name."""
 
