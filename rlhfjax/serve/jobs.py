@@ -149,7 +149,7 @@ def packed_mask(constraint: Constraint, words: int) -> np.ndarray:
     Raises:
       ValueError: it allows none.
     """
-    mask = np.asarray(constraint.mask())
+    mask = np.asarray(constraint.mask()).reshape(-1)
     if mask.dtype == np.bool_:
         padded = np.zeros(32 * words, bool)
         padded[: mask.size] = mask[: padded.size]
