@@ -22,7 +22,6 @@ from rlhfjax.models.lora import Params
 from rlhfjax.models.quantized import Quantized
 from rlhfjax.models.transformer import Model
 
-
 Layer = jax.Array | Quantized  # [l, kv_heads, entries, head_dim]
 
 
@@ -124,16 +123,17 @@ def _visible_by_kind(
     model: Model, position: Int[Array, "b t"], entries: int
 ) -> tuple[Bool[Array, "b t s"], ...]:
     """Returns which entries the tokens at these positions see, for each kind of layer."""
+    c = model.config
     entry = jnp.arange(entries, dtype=jnp.int32)
     distance = position[..., None] - entry
     everything = distance >= 0
-    by_kind = []
-    for kind in model.config.kinds:
-        if kind == "window":
-            by_kind.append(everything & (distance < model.config.window))
-        else:
-            by_kind.append(everything)
-    return tuple(by_kind)
+
+    def visible(kind: str) -> jax.Array:
+        if kind != "window" or c.window is None:
+            return everything
+        return everything & (distance < c.window)
+
+    return tuple(visible(kind) for kind in c.kinds)
 
 
 # ------------------------------------------------------------------ one layer

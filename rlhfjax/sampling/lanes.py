@@ -105,7 +105,10 @@ def _choose(logits, u, s):
     for is_on, least in (
         (s.top_k > 0, lambda x: _least_of_top_k(x, s.top_k)),
         (s.top_p < 1, lambda x: _least_of_top_p(x, s.top_p)),
-        (s.log_min_p > -jnp.inf, lambda x: x.max(1, keepdims=True) + _column(s.log_min_p)),
+        (
+            s.log_min_p > -jnp.inf,
+            lambda x: x.max(1, keepdims=True) + _column(s.log_min_p),
+        ),
     ):
         scaled = _keep(scaled, is_on, least)
     return jnp.where(is_greedy, _likeliest(logits), inverse_cdf(scaled, u))

@@ -100,6 +100,10 @@ class Device:
         place = Place(lane, start)
         return count, self._score(entries, place, padded, _padded(targets, size))
 
+    def wait(self) -> None:
+        """Waits until everything that was begun has ended."""
+        jax.block_until_ready(self._cache)
+
     def compile(self) -> None:
         """Runs every program once, on entries that belong to no token."""
         lanes = np.zeros(self.lanes, np.int32)
@@ -112,7 +116,7 @@ class Device:
                 self._prefill(entries, behind, _padded([], size))
             padded = _padded([], self._chunks[-1])
             self._score(entries, behind, padded, padded)
-        jax.block_until_ready(self._cache)
+        self.wait()
 
     def _decode(self, entries: int, step: Step, mask: Any) -> jax.Array:
         self._cache, packed = programs.decode(

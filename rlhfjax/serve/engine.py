@@ -8,6 +8,7 @@ device waits only for a few lines of Python between two steps.
 
 import collections
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from rlhfjax.errors import ConfigError, first_line
 from rlhfjax.models.lora import Params
 from rlhfjax.models.transformer import Model
-from rlhfjax.sampling.lanes import Settings, words
+from rlhfjax.sampling.lanes import Drawn, Settings, words
 from rlhfjax.serve.device import EVERY_ID, Device
 from rlhfjax.serve.jobs import Lane, Ticket, best_lane, packed_mask
 from rlhfjax.serve.programs import Step, unpack
@@ -204,10 +205,13 @@ class Engine:
         self._flush()
         if scored is not None:
             lane, count, rows = scored
-            lane.score(unpack(np.asarray(rows)[:count]))
+            lane.score(unpack(rows), count)
         self._end_prompts()
         if packed is not None:
-            self._collect(decoding, np.asarray(packed))
+            self._collect(decoding, unpack(packed))
+        else:
+            # Else all chunks of a prompt would be begun at once, before any other request.
+            self._device.wait()
 
     def _end_cancelled(self) -> None:
         closes = self._closes_at
@@ -307,9 +311,8 @@ class Engine:
             if not lane.request.max_tokens:
                 self._end(lane, End("length"))
 
-    def _collect(self, decoding: list[Lane], packed: np.ndarray) -> None:
+    def _collect(self, decoding: list[Lane], drawn: Drawn) -> None:
         """Adds the tokens of a step to their lanes, and frees the lanes that have ended."""
-        drawn = unpack(packed)
         self._response_tokens += len(decoding)
         for lane in decoding:
             try:
@@ -360,13 +363,12 @@ def settings_of(lanes: Sequence[Lane]) -> Settings:
     def column(values: Iterable[float], dtype: Any) -> Any:
         return np.array(list(values), dtype)
 
-    with np.errstate(divide="ignore"):
-        log_min_p = np.log([r.min_p for r in requests])
+    log_min_p = (math.log(r.min_p) if r.min_p else -math.inf for r in requests)
     return Settings(
         seed=column((r.seed % 2**32 for r in requests), np.uint32),
         temperature=column((r.temperature for r in requests), np.float32),
         top_k=column((r.top_k for r in requests), np.int32),
         top_p=column((r.top_p for r in requests), np.float32),
-        log_min_p=log_min_p.astype(np.float32),
+        log_min_p=column(log_min_p, np.float32),
         wants_top=column((r.logprobs > 0 for r in requests), bool),
     )

@@ -93,15 +93,14 @@ class Lane:
         self.ticket = None
 
     def common(self, prompt: Sequence[int]) -> int:
-        """Returns how many tokens of the cache a prompt begins with; its last one does not count."""
+        """Returns how many tokens in the cache a prompt begins with, its last one left out."""
         pairs = zip(self.tokens[: self.cached], prompt[:-1], strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def score(self, drawn: Drawn) -> None:
-        """Adds the log-probabilities of the prompt's next tokens."""
+    def score(self, drawn: Drawn, count: int) -> None:
+        """Adds the log-probabilities of the prompt's next tokens, the first rows."""
         alternatives = self.request.logprobs
-        rows = range(len(drawn.token))
-        self.scores += [token_of(drawn, row, alternatives) for row in rows]
+        self.scores += [token_of(drawn, row, alternatives) for row in range(count)]
 
     def prompt(self) -> Prompt:
         """Returns the prompt's log-probabilities."""
@@ -150,7 +149,7 @@ def packed_mask(constraint: Constraint, words: int) -> np.ndarray:
     Raises:
       ValueError: it allows none.
     """
-    mask = np.asarray(constraint.mask())
+    mask = np.asarray(constraint.mask()).reshape(-1)
     if mask.dtype == np.bool_:
         padded = np.zeros(32 * words, bool)
         padded[: mask.size] = mask[: padded.size]

@@ -18,7 +18,9 @@ from rlhfjax.models.lora import Params
 from rlhfjax.models.transformer import Model
 from rlhfjax.sampling.lanes import Drawn, Settings, draw, look_up
 
-FEWEST_ENTRIES = 256  # that a decode step reads; others read 2 times, 4 times, … as many
+FEWEST_ENTRIES = (
+    256  # that a decode step reads; others read 2 times, 4 times, … as many
+)
 
 
 class Step(NamedTuple):
@@ -98,7 +100,11 @@ def score(
     tokens: Int[Array, " c"],
     targets: Int[Array, " c"],
 ) -> tuple[LaneCache, Int[Array, "c z"]]:
-    """Runs a chunk of a prompt. Returns the cache, and the packed targets that follow its tokens."""
+    """Runs a chunk of a prompt. Returns the cache, and packed targets.
+
+    Args:
+      targets: the tokens that follow those of the chunk.
+    """
     lane, start = place
     hidden, cache = prefill_lane(model, params, cache, lane, tokens, start, entries)
     logits = model.sampling_logits(params, hidden)
@@ -120,13 +126,14 @@ def _bits(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-def unpack(packed: np.ndarray) -> Drawn:
+def unpack(packed: Any) -> Drawn:
     """Returns what was drawn, on the host."""
-    alternatives = (packed.shape[1] - 2) // 2
-    top, top_bits = packed[:, 2 : 2 + alternatives], packed[:, 2 + alternatives :]
+    array: Any = np.asarray(packed)
+    alternatives = (array.shape[1] - 2) // 2
+    top, top_bits = array[:, 2 : 2 + alternatives], array[:, 2 + alternatives :]
     return Drawn(
-        token=packed[:, 0],
-        logprob=_floats(packed[:, 1]),
+        token=array[:, 0],
+        logprob=_floats(array[:, 1]),
         top=top,
         top_logprob=_floats(top_bits),
     )

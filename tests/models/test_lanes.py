@@ -14,7 +14,6 @@ from rlhfjax.models import Model
 from rlhfjax.models.lanes import decode_lanes, empty_lanes, prefill_lane
 from tests.models.families import (
     CONFIGS,
-    FAMILIES,
     MOSTLY_SLOW,
     random_params,
     tokens,
@@ -33,7 +32,11 @@ def whole(model, params, rows):
 
 @pytest.fixture(scope="module", params=MOSTLY_SLOW)
 def made(request):
-    model = Model(CONFIGS[request.param])
+    return ready(request.param)
+
+
+def ready(name, **options):
+    model = dataclasses.replace(Model(CONFIGS[name]), **options)
     return model, random_params(model)
 
 
@@ -81,9 +84,7 @@ def test_any_order_of_chunks_and_steps_gives_the_hidden_states_of_the_whole_row(
 
 def test_a_lane_begins_again_behind_any_of_its_tokens():
     # A window layer too: its entries before the new beginning are all there.
-    made = Model(CONFIGS["gemma-like"]), None
-    made = made[0], random_params(made[0])
-    model, params = made
+    model, params = ready("gemma-like")
     rows = tokens(2, LENGTH)
     other = rows.at[1, :9].set(rows[0, :9])
     expected = np.asarray(whole(model, params, other))[1]
@@ -101,8 +102,7 @@ def test_a_lane_begins_again_behind_any_of_its_tokens():
 
 
 def test_positions_are_each_lanes_own_and_few_entries_are_read():
-    made = Model(FAMILIES["llama-gqa"]), None
-    made = made[0], random_params(made[0])
+    made = ready("llama-gqa")
     rows = tokens(LANES, LENGTH)
     cache = empty_lanes(made[0], LANES, ENTRIES)
     lengths = np.zeros(LANES, int)
@@ -116,8 +116,7 @@ def test_positions_are_each_lanes_own_and_few_entries_are_read():
 
 def test_an_int8_cache_gives_the_same_whatever_the_chunks():
     # Tokens see quantized entries in chunks as in decode steps, their own included.
-    model = dataclasses.replace(Model(FAMILIES["llama-gqa"]), int8_cache=True)
-    made = model, random_params(model)
+    made = model, _ = ready("llama-gqa", int8_cache=True)
     rows = tokens(LANES, LENGTH)
     cache = empty_lanes(model, LANES, ENTRIES)
     one_by_one = []

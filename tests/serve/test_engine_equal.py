@@ -1,5 +1,7 @@
-"""What the engine emits is what `generate` returns, whatever else runs: random schedules of requests
-that share beginnings, with others that are cancelled; seeds alone and in company; int8 and adapters.
+"""What the engine emits is what `generate` returns, whatever else runs.
+
+Random schedules of requests that share beginnings, among others that are cancelled; seeds alone and
+in company; int8 and adapters.
 """
 
 import dataclasses
@@ -14,11 +16,15 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.serve import programs
 from rlhfjax.serve.engine import Engine
 from rlhfjax.serve.requests import Full
-from tests.models.families import CONFIGS, MOSTLY_SLOW, random_params, random_trained
+from tests.models.families import CONFIGS, random_params, random_trained
 from tests.serve.received import Received, generated, request, served
 
 WIDTH, NEW, LENGTH = 20, 8, 28
 STOP = frozenset({7, 12, 30})
+SLOW = [
+    pytest.param(name, marks=[] if name == "gemma-like" else pytest.mark.slow)
+    for name in CONFIGS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +131,7 @@ def assert_greedy_is_equal(model, params, n=24, seed=0):
         assert stopped or len(emit.tokens) == wanted.max_tokens
 
 
-@pytest.mark.parametrize("name", MOSTLY_SLOW)
+@pytest.mark.parametrize("name", SLOW)
 def test_greedy_tokens_and_logprobs_are_those_of_generate(name):
     assert_greedy_is_equal(*plain(name))
 
@@ -136,14 +142,8 @@ def test_in_other_schedules_too(seed):
     assert_greedy_is_equal(*plain("llama-gqa"), n=48, seed=seed)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        int8,
-        pytest.param(adapted, marks=pytest.mark.slow),
-        pytest.param(scanned, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [int8, adapted, scanned])
 def test_of_int8_weights_adapters_and_scanned_layers(make):
     assert_greedy_is_equal(*make(), n=12)
 
@@ -165,13 +165,28 @@ def test_a_seed_gives_the_sample_of_generate_alone_and_in_company():
         np.testing.assert_allclose(emit.logprobs, other.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_with_an_int8_cache_a_response_does_not_depend_on_the_others():
+    # `generate` attends to the prompt's exact keys and values, so that it is not the reference.
+    model, params = plain("gemma-like")
+    model = dataclasses.replace(model, int8_cache=True)
+    rng = random.Random(3)
+    requests = [request(p, NEW) for p in prompts(rng, 16)]
+    with Engine(model, params, lanes=3, length=LENGTH, chunk=4) as engine:
+        company = run_schedule(engine, requests, rng)
+        assert engine.stats().reused_tokens > 0
+    with Engine(model, params, lanes=1, length=LENGTH, chunk=LENGTH) as engine:
+        alone = [served(engine, wanted)[0] for wanted in requests]
+    assert_equal(company, [(emit.tokens, emit.logprobs) for emit in alone])
+
+
 def test_logprobs_are_the_models_whatever_the_temperature():
     model, params = plain("llama-gqa")
     prompt = prompts(random.Random(2), 1)[0]
     sampled = request(prompt, NEW, temperature=1.0, seed=4)
     expected = generated(model, params, [sampled], WIDTH, temperature=1.0)[0]
     hot = request(prompt, NEW, temperature=2.5, seed=4, logprobs=5)
-    with Engine(model, params, lanes=2, length=LENGTH, chunk=4) as engine:
+    with Engine(model, params, lanes=3, length=LENGTH, chunk=4) as engine:
         at_1, at_hot = served(engine, sampled, hot)
     assert at_1.tokens == expected[0]
     np.testing.assert_allclose(at_1.logprobs, expected[1], atol=1e-5)

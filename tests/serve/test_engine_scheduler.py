@@ -1,4 +1,4 @@
-"""What the engine does with its lanes and its queue: no compilation, cancels, ends, errors, reuse."""
+"""What the engine does with its lanes and queue: no compilation, cancels, ends, errors, reuse."""
 
 import logging
 import random
@@ -13,6 +13,7 @@ import pytest
 from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model
 from rlhfjax.serve import programs
+from rlhfjax.serve.device import Device
 from rlhfjax.serve.engine import Engine
 from rlhfjax.serve.requests import Closed, End, Full, Token
 from tests.models.families import FAMILIES, random_params
@@ -124,7 +125,7 @@ def test_nothing_is_compiled_after_the_warm_up(made, monkeypatch):
 # ------------------------------------------------------------------ prompts
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize("n", [1, 2, 20])
 def test_prompt_logprobs_are_those_of_one_pass_over_the_prompt(made, n):
     model, params = made
     tokens = np.random.default_rng(n).integers(0, 61, n)
@@ -162,10 +163,11 @@ def test_a_prompt_is_scored_without_a_response(made):
 
 
 def test_a_conversation_goes_on_in_the_lane_that_has_its_earlier_turns(made):
-    with engine_of(made, lanes=2) as engine:
-        story, other = list(range(2, 12)), list(range(30, 40))
+    with engine_of(made) as engine:
+        story, other, third = (list(range(i, i + 10)) for i in (2, 30, 40))
         first = served(engine, request(story, 4))[0]
         served(engine, request(other, 4))
+        served(engine, request(third, 4))
         assert engine.stats().reused_tokens == 0
         # All turns but the last token of the response, which was not run.
         turn = [*story, *first.tokens, 50, 51]
@@ -175,11 +177,11 @@ def test_a_conversation_goes_on_in_the_lane_that_has_its_earlier_turns(made):
         # The other conversation is still there; of the same prompt all but one token are reused.
         served(engine, request(other, 1))
         assert engine.stats().reused_tokens == 13 + 9
-        # A new one takes the lane that was unused for longest: the story is gone then.
+        # A new one takes the lane that was unused for longest: the third is gone then.
         served(engine, request([60, 59, 58], 1))
-        served(engine, request(story, 1))
+        served(engine, request(third, 1))
         assert engine.stats().reused_tokens == 13 + 9
-        assert engine.stats().prompt_tokens == 10 + 10 + 16 + 10 + 3 + 10
+        assert engine.stats().prompt_tokens == 10 + 10 + 10 + 16 + 10 + 3 + 10
 
 
 def test_a_long_prompt_stops_the_others_for_one_chunk_per_token(made, monkeypatch):
@@ -203,32 +205,48 @@ def test_a_long_prompt_stops_the_others_for_one_chunk_per_token(made, monkeypatc
     assert "pdpdpdpd" in text and "pp" not in text
 
 
+def test_a_chunk_begins_when_the_one_before_has_ended(made, monkeypatch):
+    order = []
+    for owner, name in ((programs, "prefill"), (programs, "decode"), (Device, "wait")):
+        function = getattr(owner, name)
+
+        def run(*arguments, name=name, function=function):
+            order.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, run)
+    with engine_of(made) as engine:
+        served(engine, request(range(2, 19), 1))
+    assert "".join(name[0] for name in order).startswith("pwpwpwpd")
+
+
 def test_the_statistics_count_lanes_requests_and_tokens(made):
-    with engine_of(made, lanes=2) as engine:
+    with engine_of(made) as engine:
         gate, waiting = Gate(), [Received() for _ in range(4)]
         engine.submit(request([4, 5], 3), gate)
         assert gate.reached.wait(PATIENCE)
         for emit in waiting:
             engine.submit(request([6], 2), emit)
         stats = engine.stats()
-        assert (stats.lanes, stats.busy, stats.queued) == (2, 1, 4)
+        assert (stats.lanes, stats.busy, stats.queued) == (3, 1, 4)
         gate.open.set()
         for emit in waiting:
             emit.wait()
         stats = engine.stats()
         assert (stats.busy, stats.queued, stats.response_tokens) == (0, 0, 11)
-        assert stats.prompt_tokens == 6 and 5 <= stats.steps <= 11
+        assert stats.prompt_tokens == 6 and 3 <= stats.steps <= 11
 
 
 # ------------------------------------------------------------------ cancels, limits
 
 
-def test_after_1000_cancels_at_random_moments_no_lane_is_busy(made):
+@pytest.mark.parametrize("n", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_after_cancels_at_random_moments_no_lane_is_busy(made, n):
     rng = random.Random(1)
     received, tickets = [], []
-    with engine_of(made, lanes=8, queue=40) as engine:
+    with engine_of(made, queue=40) as engine:
         engine.warm_up()
-        while len(received) < 1000:
+        while len(received) < n:
             tokens = [rng.randrange(61) for _ in range(rng.randint(1, 20))]
             try:
                 wanted = request(tokens, 8, prompt_logprobs=rng.random() < 0.2)
@@ -245,19 +263,19 @@ def test_after_1000_cancels_at_random_moments_no_lane_is_busy(made):
             ticket.cancel()
         reasons = [emit.wait().end.reason for emit in received]
         assert set(reasons) == {"length", "cancelled"}
-        assert reasons.count("cancelled") > 200
+        assert reasons.count("cancelled") > n / 5
         assert engine.stats()[1:3] == (0, 0)
         wanted = request(range(3, 12), 8)
         assert served(engine, wanted)[0].tokens == expected(made, wanted)
 
 
 def test_a_full_queue_takes_no_request_and_then_takes_one_again(made):
-    with engine_of(made, lanes=1, queue=2) as engine:
+    with engine_of(made, queue=2) as engine:
         gate, waiting = Gate(), [Received(), Received()]
         engine.submit(request([4], 4), gate)
         assert gate.reached.wait(PATIENCE)
         tickets = [engine.submit(request([5], 2), emit) for emit in waiting]
-        with pytest.raises(Full, match="^2 requests are waiting already$"):
+        with pytest.raises(Full, match=r"^2 requests are waiting already$"):
             engine.submit(request([6], 2), Received())
         tickets[0].cancel()
         gate.open.set()
@@ -268,7 +286,7 @@ def test_a_full_queue_takes_no_request_and_then_takes_one_again(made):
 
 def test_closing_cancels_what_runs_or_lets_it_end(made):
     for seconds, reason in ((0.0, "cancelled"), (60.0, "length")):
-        engine = engine_of(made, lanes=1)
+        engine = engine_of(made)
         gate, waiting = Gate(), Received()
         engine.submit(request([4], 8), gate)
         assert gate.reached.wait(PATIENCE)
@@ -276,7 +294,7 @@ def test_closing_cancels_what_runs_or_lets_it_end(made):
         closing = threading.Thread(target=engine.close, args=(seconds,))
         closing.start()
         until(lambda engine=engine: engine._closes_at is not None)
-        with pytest.raises(Closed, match="^the engine is shutting down$"):
+        with pytest.raises(Closed, match=r"^the engine is shutting down$"):
             engine.submit(request([6], 8), Received())
         gate.open.set()
         closing.join(PATIENCE)
