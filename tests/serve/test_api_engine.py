@@ -108,7 +108,7 @@ async def leave(url, count, rng, at_once):
                 await asyncio.wait_for(request, seconds)
 
     async with httpx.AsyncClient(timeout=60) as http:
-        moments = [rng.random() * 0.1 for _ in range(count)]
+        moments = [rng.random() * 0.6 for _ in range(count)]
         await asyncio.gather(*(one(http, i, s) for i, s in enumerate(moments)))
 
 
@@ -129,8 +129,12 @@ def test_1000_clients_that_go_away_leave_memory_and_files_as_they_were(url, tiny
     asyncio.run(leave(url, 500, rng, at_once=32))  # buffers, threads and caches
     settled()
     files, memory = len(os.listdir("/proc/self/fd")), resident()
+    before = tiny.engine.stats()
     asyncio.run(leave(url, 1000, rng, at_once=32))
     settled()
+    after = tiny.engine.stats()
+    assert after.prompt_tokens - before.prompt_tokens > 1000  # many had a lane
+    assert after.response_tokens - before.response_tokens > 1000
     assert len(os.listdir("/proc/self/fd")) <= files * 1.02
     assert resident() <= memory * 1.02
 
