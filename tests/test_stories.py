@@ -14,8 +14,8 @@ from rlhfjax.stories import draw, world
 from rlhfjax.stories.world import Event, Request, Wish
 
 ANNA_AND_BEN = (
-    "Tell a story about Anna and Ben. Anna takes the red ball. Ben gets the ball."
-    " At the end Ben is in the park. At the end Anna is sad."
+    "Tell a story about Anna and Ben. Anna took the red ball. Ben had the ball."
+    " Ben went to the park. Anna was sad."
 )
 
 
@@ -78,7 +78,7 @@ def test_a_request_is_read_as_it_was_drawn():
     for _ in range(300):
         request = draw.draw_request(rng)
         assert world.read_request(request.text()) == request
-    assert world.read_request("Anna takes the red ball.") is None
+    assert world.read_request("Anna took the red ball.") is None
 
 
 def test_a_story_is_read_as_it_was_written():

@@ -61,19 +61,20 @@ class Wish(NamedTuple):
 
     def sentence(self) -> str:
         texts = {
-            "takes": "{} takes the {} {}.",
-            "gets": "{} gets the {}.",
-            "ends": "At the end {} is in the {}.",
-            "feels": "At the end {} is {}.",
+            "takes": "{} took the {} {}.",
+            "gets": "{} had the {}.",
+            "ends": "{} went to the {}.",
+            "feels": "{} was {}.",
         }
         return texts[self.form].format(*self.words)
 
 
+# The words of a request are those of a story, so that small models can learn to use them.
 WISHES = {
-    "takes": re.compile(r"(\w+) takes the (\w+) (\w+)\."),
-    "gets": re.compile(r"(\w+) gets the (\w+)\."),
-    "ends": re.compile(r"At the end (\w+) is in the (\w+)\."),
-    "feels": re.compile(r"At the end (\w+) is (\w+)\."),
+    "takes": re.compile(r"(\w+) took the (\w+) (\w+)\."),
+    "gets": re.compile(r"(\w+) had the (\w+)\."),
+    "ends": re.compile(r"(\w+) went to the (\w+)\."),
+    "feels": re.compile(r"(\w+) was (\w+)\."),
 }
 ABOUT = re.compile(r"Tell a story about (\w+) and (\w+)\.")
 
