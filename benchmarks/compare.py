@@ -3,8 +3,9 @@
     python -m benchmarks.compare --out=FILE.jsonl --trl=PYTHON --trl_ppo=PYTHON --tunix=PYTHON
     python -m benchmarks.compare --table=FILE.jsonl
 
-The first command measures, adds JSON lines to a file and prints the table; the second prints the
-table of a file again. PYTHON is the interpreter of an environment with the peer, see
+The first command measures, adds JSON lines to a file and prints the table; given again, it leaves
+out what the file has, so that a comparison may take several evenings of one machine. The second
+prints the table of a file again. PYTHON is the interpreter of an environment with the peer, see
 benchmarks/peers/README.md. A side without an interpreter is left out, and the table says so.
 
 A pilot round with few steps finds each side's fastest setting per workload and shape. Then every
@@ -25,7 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks import compare_table, machine, options
 from benchmarks.compare_table import SIDES
-from rlhfjax import json_text
+from rlhfjax import json_text, precision
 from rlhfjax.models.presets import preset
 
 HERE = Path(__file__).parent
@@ -68,12 +69,31 @@ class Sides:
         return [side for side in SIDES if self.interpreter(side, workload)]
 
 
-class Comparison:
-    """Runs processes and adds their JSON lines to a file."""
+# What a record is about: a record of the same is not measured again.
+ABOUT = ("kind", "phase", "round", "workload", "shape", "side", "setting")
 
-    def __init__(self, sides: Sides, out: Path, limit: float, steps: int = 0):
-        self.sides, self._out, self._limit, self._steps = sides, out, limit, steps
+
+class Comparison:
+    """Runs processes and adds their JSON lines to a file; what the file has is not run again.
+
+    Args:
+      sizes: `steps` and `warmup` of the rounds, where they are not the workload's own.
+    """
+
+    def __init__(
+        self, sides: Sides, out: Path, limit: float, sizes: dict[str, int] | None = None
+    ):
+        self.sides, self._out, self._limit, self._sizes = sides, out, limit, sizes or {}
         self.records: list[dict[str, Any]] = []
+        if out.exists():
+            self.records = [
+                json_text.parse(line) for line in out.read_text().splitlines()
+            ]
+
+    def has(self, about: dict[str, Any]) -> bool:
+        """Returns whether there is a record of the same, with or without a result."""
+        wanted = {name: about[name] for name in ABOUT if name in about}
+        return any(wanted.items() <= record.items() for record in self.records)
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -82,21 +102,23 @@ class Comparison:
 
     def run(self, run: Run, **about: Any) -> None:
         """Measures one setting of one side; a failure is a record with `error`."""
-        about = {"kind": "run", **about, **run._asdict(), "load_before": machine.load()}
-        is_pilot = about["phase"] == "pilot"
-        steps = PILOT if is_pilot else {"steps": self._steps}
-        command = self._command(run, {k: v for k, v in steps.items() if v})
+        about = {"kind": "run", **about, **run._asdict()}
+        if self.has(about):
+            return
+        about["load_before"] = machine.load()
+        sizes = PILOT if about["phase"] == "pilot" else self._sizes
+        command = self._command(run, sizes)
         print(f"{about['phase']} {' '.join(run)}", file=sys.stderr, flush=True)
         self.add(about | measured(command, self._limit))
 
-    def _command(self, run: Run, steps: dict[str, int]) -> list[str]:
+    def _command(self, run: Run, sizes: dict[str, int]) -> list[str]:
         interpreter = self.sides.interpreter(run.side, run.workload)
         if run.side != "rlhfjax":
             script = str(HERE / "peers" / f"{run.side}_bench.py")
-            return [interpreter, script, *peer_task(run, steps)]
+            return [interpreter, script, *peer_task(run, sizes)]
         command = [interpreter, "-m", "benchmarks.run", f"--workload={run.workload}"]
         command += [f"--shape={run.shape}", f"--dtype={run.setting}"]
-        return command + [f"--steps={n}" for k, n in steps.items() if k == "steps"]
+        return command + [f"--{name}={n}" for name, n in sizes.items()]
 
     def rooflines(self, names: list[str]) -> None:
         """Measures this machine's rate of every product of the workloads."""
@@ -104,6 +126,8 @@ class Comparison:
             command = [sys.executable, "-m", "benchmarks.products"]
             command += [f"--workload={workload}", f"--shape={shape}"]
             about = {"kind": "roofline", "workload": workload, "shape": shape}
+            if self.has(about):
+                continue
             self.add(about | measured(command, self._limit))
 
     def pilot(self, names: list[str]) -> None:
@@ -123,15 +147,17 @@ class Comparison:
         """Yields each side's settings of the three pairings, each setting once."""
         best = compare_table.best_settings(self.records, workload, shape)
         for side in self.sides.present(workload):
-            fixed = ["float32", SIDES[side].default]
-            settings = dict.fromkeys([*fixed, best.get(side, "float32")])
-            for setting in settings:
+            default = SIDES[side].default
+            wanted = ["float32", default, best.get(side, "float32")]
+            if default == precision.AUTO and wanted[-1] == precision.here():
+                wanted.pop()  # the default is the best one
+            for setting in dict.fromkeys(wanted):
                 yield Run(side, setting, workload, shape)
 
 
-def peer_task(run: Run, steps: dict[str, int]) -> list[str]:
+def peer_task(run: Run, sizes: dict[str, int]) -> list[str]:
     """Returns the words that a peer's script reads its task from."""
-    sizes = SPEC["workloads"][run.workload] | steps
+    sizes = SPEC["workloads"][run.workload] | sizes
     config = preset(run.shape)
     names = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_length")
     words = {"workload": run.workload, "setting": run.setting, **sizes}
@@ -172,7 +198,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("compare.jsonl"))
     parser.add_argument("--table", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="0: the workload's own")
+    parser.add_argument("--steps", type=int, help="default: the workload's own")
+    parser.add_argument("--warmup", type=int, help="steps that are left out before")
     parser.add_argument("--limit", type=float, default=900, help="seconds per run")
     parser.add_argument("--only", default=",".join(WORKLOADS), metavar="NAME:SHAPE,...")
     given = parser.parse_args()
@@ -186,7 +213,9 @@ def main() -> None:
         trl_ppo=options.interpreter(parser, "trl_ppo", given.trl_ppo),
         tunix=options.interpreter(parser, "tunix", given.tunix),
     )
-    comparison = Comparison(sides, given.out, given.limit, given.steps)
+    sizes = {"steps": given.steps, "warmup": given.warmup}
+    sizes = {name: n for name, n in sizes.items() if n is not None}
+    comparison = Comparison(sides, given.out, given.limit, sizes)
     comparison.add({"kind": "machine", **machine.describe()})
     comparison.rooflines(names)
     comparison.pilot(names)

@@ -108,6 +108,9 @@ def cells(
     for name, side in SIDES.items():
         choices = {"float32": "float32", "default": side.default}
         setting = choices.get(pairing) or best.get(name, "float32")
+        default = by_setting.get((name, side.default), {}).values()
+        if pairing == "best" and any(r.get("dtype") == setting for r in default):
+            setting = side.default  # "auto" stood for the best one
         if rounds := by_setting.get((name, setting)):
             found[name] = Cell(setting, rounds)
     return found
@@ -181,12 +184,16 @@ def _failures(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _left_out(of_runs: Sequence[Record]) -> Iterator[str]:
-    """Yields the workloads that a side never ran, because its interpreter was not given."""
-    workloads = dict.fromkeys(record["workload"] for record in of_runs)
+    """Yields what a side never ran, because its interpreter was not given."""
+
+    def workload(record: Record) -> str:
+        return f"{record['workload']} {record['shape']}"
+
+    workloads = dict.fromkeys(map(workload, of_runs))
     for name, side in SIDES.items():
-        ran = {record["workload"] for record in of_runs if record["side"] == name}
-        if missing := [workload for workload in workloads if workload not in ran]:
-            yield f"{side.name} was left out of {', '.join(missing)}: not installed."
+        ran = {workload(record) for record in of_runs if record["side"] == name}
+        if missing := [each for each in workloads if each not in ran]:
+            yield f"{side.name} was not run on {', '.join(missing)}."
 
 
 def _versions(records: Sequence[Record]) -> dict[str, str]:

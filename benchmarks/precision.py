@@ -1,6 +1,7 @@
 """Compares runs in float32 with runs in bfloat16 products, seed by seed.
 
     python -m benchmarks.precision --seeds=5
+    python -m benchmarks.precision --seeds=5 --loss_seeds=10 --rows=FILE.jsonl
     python -m benchmarks.precision --seeds=2 --size=smoke
 
 The quickstart runs once per seed and dtype, one after the other; the same command continues where
@@ -31,6 +32,7 @@ from rlhfjax.paths import Path
 RECIPE = "experiments/quickstart/recipe.py"
 DTYPES = ("float32", "bfloat16_products")
 BOUND = 0.02  # nats per token
+FEWEST = 2  # seeds that an interval needs
 LOSSES = {
     "pretrain/val_loss": "held-out loss of pretraining, nats per token",
     "sft/val_loss": "held-out loss of fine-tuning, nats per token",
@@ -60,27 +62,34 @@ class Row(NamedTuple):
 def compare(
     runs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]],
 ) -> list[Row]:
-    """Returns a row per metric that all runs have, losses first.
+    """Returns a row per metric that two pairs or more have, losses first.
 
     Args:
       runs: by seed, the last metrics of a run in each of DTYPES.
-    Raises:
-      ValueError: there are fewer than two seeds.
     """
     rows = []
     for name in METRICS:
-        if not all(name in metrics for pair in runs for metrics in pair):
+        pairs = [pair for pair in runs if all(name in metrics for metrics in pair)]
+        if len(pairs) < FEWEST:
             continue
-        first, second = (tuple(float(pair[i][name]) for pair in runs) for i in (0, 1))
+        first, second = (tuple(float(pair[i][name]) for pair in pairs) for i in (0, 1))
         difference = mean_interval(np.array(second) - np.array(first))
         rows.append(Row(name, (first, second), difference))
     return rows
 
 
-def run(seed: int, dtype: str, size: str, workdir: Path) -> dict[str, Any]:
-    """Runs the quickstart, or continues it, and returns a row: what ran, where, and METRICS."""
+def run(
+    seed: int, dtype: str, size: str, workdir: Path, until: str = ""
+) -> dict[str, Any]:
+    """Runs the quickstart, or continues it, and returns a row: what ran, where, and METRICS.
+
+    Args:
+      until: the last stage; empty: all of them.
+    """
     config = load(f"{RECIPE}:size={size},seed={seed}").config()
     config.pretrain.model.dtype = dtype
+    if until:
+        config.stages = config.stages[: config.stages.index(until) + 1]
     folder = workdir / f"{dtype}_{seed}"
     metrics = recipe.run(config, folder, cache=workdir / "cache")
     return {
@@ -100,14 +109,23 @@ def read_rows(file: Path | None, size: str) -> dict[tuple[int, str], dict[str, A
 
 
 def run_or_read(
-    asked: Sequence[tuple[int, str]], size: str, workdir: Path, file: Path | None
+    asked: Sequence[tuple[int, str]],
+    size: str,
+    workdir: Path,
+    file: Path | None,
+    whole: int = sys.maxsize,
 ) -> dict[tuple[int, str], dict[str, Any]]:
-    """Returns a row of each seed and dtype that is asked for; appends new ones to the file."""
+    """Returns a row of each seed and dtype that is asked for; appends new ones to the file.
+
+    Args:
+      whole: seeds below it run all stages, the others end with fine-tuning.
+    """
     rows = read_rows(file, size)
     for seed, dtype in asked:
         if (seed, dtype) in rows:
             continue
-        row = rows[seed, dtype] = run(seed, dtype, size, workdir)
+        until = "" if seed < whole else "sft"
+        row = rows[seed, dtype] = run(seed, dtype, size, workdir, until)
         if file is not None:
             with file.open("a") as out:
                 out.write(json_text.encode(row, file) + "\n")
@@ -142,22 +160,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--seeds", type=int, default=5, help="number of seeds, at least 2"
     )
+    parser.add_argument(
+        "--loss_seeds", type=int, default=0, help="number of seeds of the losses"
+    )
     parser.add_argument("--size", choices=("full", "smoke"), default="full")
     parser.add_argument("--workdir", default="runs/precision")
     parser.add_argument("--rows", default="", help="file of finished runs")
     options: Any = parser.parse_args(argv)
-    if options.seeds < 2:
-        parser.error(f"--seeds={options.seeds}: expected at least 2")
+    if options.seeds < FEWEST:
+        parser.error(f"--seeds={options.seeds}: expected at least {FEWEST}")
     file = paths.path(options.rows) if options.rows else None
-    asked = [(seed, dtype) for seed in range(options.seeds) for dtype in DTYPES]
-    done = run_or_read(asked, options.size, paths.path(options.workdir), file)
+    seeds = range(max(options.seeds, options.loss_seeds))
+    asked = [(seed, dtype) for seed in seeds for dtype in DTYPES]
+    folder = paths.path(options.workdir)
+    done = run_or_read(asked, options.size, folder, file, whole=options.seeds)
     first, second = (
         [done[s, d]["metrics"] for s, d in asked if d == x] for x in DTYPES
     )
     rows = compare(list(zip(first, second, strict=True)))
     print(table(rows))
-    where = {machine.sentence(row["machine"]): None for row in done.values()}
-    print("\n".join(["run on:", *where]))
+    where = {}  # a machine once, with the load before its first run
+    for row in done.values():
+        about = {k: v for k, v in row["machine"].items() if k != "loadavg_1m"}
+        where.setdefault(str(about), machine.sentence(row["machine"]))
+    print("\n".join(["run on:", *where.values()]))
     losses = [row for row in rows if row.name in LOSSES]
     return 0 if all(row.is_within(BOUND) for row in losses) else 1
 

@@ -50,6 +50,9 @@ DTYPE = flags.DEFINE_enum(
 )
 MICROBATCHES = flags.DEFINE_integer("microbatches", 0, "0: the workload's own number")
 STEPS = flags.DEFINE_integer("steps", 0, "measured steps; 0: the workload's own number")
+WARMUP = flags.DEFINE_integer(
+    "warmup", -1, "steps left out before them; -1: the workload's own number"
+)
 
 
 class Meter:
@@ -299,6 +302,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     w = dict(SPEC["workloads"][WORKLOAD.value])
     w["steps"] = STEPS.value or w["steps"]
+    w["warmup"] = w["warmup"] if WARMUP.value < 0 else WARMUP.value
     dtype = precision.here() if DTYPE.value == precision.AUTO else DTYPE.value
     shape, meter = preset(SHAPE.value, dtype=dtype), Meter()
     if WORKLOAD.value == "generate":

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +23,9 @@ from rlhfjax.interop import store
 from rlhfjax.models.size import kv_cache_bytes, number_bytes
 from rlhfjax.sampling import Sampling, stream
 from rlhfjax.sampling.config import end_ids
+from rlhfjax.sampling.detokenizer import Detokenizer
 from rlhfjax.sampling.stop import until_stop
+from rlhfjax.sampling.structured import Form, Structures
 
 # A prompt of a new length, and a cache of a new one, is a new program to compile.
 BUCKET = (
@@ -89,6 +92,7 @@ class Chat:
         self.system = ""
         self.set_system(system)
         self._dropped = 0
+        self._form: Form | None = None
         self.last = Response()
 
     @property
@@ -119,6 +123,20 @@ class Chat:
         sampling = dataclasses.replace(self.sampling, **changes)
         validate_length(self.context, sampling)
         self.sampling = sampling
+
+    @functools.cached_property
+    def _structures(self) -> Structures:
+        return Structures(self.tokenizer)
+
+    def set_form(self, form: Form | None) -> None:
+        """Sets what responses must be; None: anything.
+
+        Raises:
+          ConfigError: the form is invalid, or `llguidance` is not installed; nothing is changed.
+        """
+        if form is not None:
+            self._structures.constraint(form)
+        self._form = form
 
     def undo(self) -> str:
         """Removes the last turn of the user and what follows it. Returns its text; "" if none."""
@@ -161,6 +179,7 @@ class Chat:
         self._turns += 1
         self._note_compiling(tokens.shape[1])
         start = 0.0
+        structure = self._form and self._structures.constraint(self._form)
         for token in stream(
             self.model,
             self.params,
@@ -169,6 +188,7 @@ class Chat:
             key,
             self.sampling,
             entries=self._entries(tokens.shape[1]),
+            structure=structure,
         ):
             self.last.tokens += 1
             if self.last.tokens == 2:
@@ -179,7 +199,8 @@ class Chat:
                 self.last.end = "eos"
                 return
             yield token
-        self.last.end = "max_new_tokens"
+        is_whole = structure is not None and structure.is_complete
+        self.last.end = "eos" if is_whole else "max_new_tokens"
 
     def _note_compiling(self, length: int) -> None:
         program = (length, self.sampling.max_new_tokens)
@@ -241,13 +262,9 @@ class Chat:
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yields text as its tokens arrive; bytes of an unfinished character are held back."""
-    seen, shown = [], 0
+    detokenizer = Detokenizer(tokenizer)
     for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-    rest = tokenizer.decode(seen)[shown:]
-    if rest:
+        if piece := detokenizer.push(token):
+            yield piece
+    if rest := detokenizer.rest():
         yield rest

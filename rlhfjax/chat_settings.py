@@ -24,6 +24,10 @@ FOREIGN = {"temperature": 0.2, "top_p": 0.5}
 LARGE = 2**26
 
 
+# The flags that `rlhfjax serve` has too: settings of requests that give none.
+OF_REQUESTS = ("temperature", "top_p", "top_k", "min_p", "stop", "max_new_tokens")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The flags of `rlhfjax chat`. None: the model's own value, or our default."""

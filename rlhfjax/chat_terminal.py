@@ -15,23 +15,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
+from rlhfjax import chat_model, json_text, paths
 from rlhfjax.chat import Chat
 from rlhfjax.chat_settings import (
     Options,
     choose_settings,
-    int8_pays,
-    is_foreign,
     shown_settings,
     validate_template,
 )
 from rlhfjax.data.chat import render
 from rlhfjax.errors import ConfigError, UserError
-from rlhfjax.interop import generation_config, store
-from rlhfjax.mesh import make_layout
-from rlhfjax.models.size import active_parameters, parameters
+from rlhfjax.interop import generation_config
 from rlhfjax.paths import Path
+from rlhfjax.sampling.structured import ANY_OBJECT, Form
 from rlhfjax.tokenize_text import print_pieces, visible
 
 log = logging.getLogger("rlhfjax")
@@ -63,17 +59,10 @@ def run(
     """
     screen = Screen(inputs or sys.stdin, out or sys.stdout, notes or sys.stderr)
     start = time.monotonic()
-    opened = store.open_model(path, make_layout(), adapter=adapter)
-    _validate_head(path, opened)
+    opened = chat_model.open_model(path, adapter, "chat")
     validate_template(opened.tokenizer, options.system)
-    chosen = choose_settings(path, opened, options)
-    name = str(path) if is_foreign(path) else store.found(path)
-    name += f" with the adapter {adapter}" if adapter else ""
-    log.info("%s: %s; reading it", name, _size(opened))
-    saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
-    is_default = options.int8 is None
-    int8 = int8_pays(saved.model, jax.default_backend()) if is_default else options.int8
-    saved = store.int8(saved, cache=not is_default) if int8 else saved
+    chosen = choose_settings(path, opened.opened, options)
+    saved, notes = opened.read(options.int8)
     chat = Chat(
         saved,
         chosen.sampling,
@@ -83,55 +72,13 @@ def run(
     )
     log.info("ready after %.1f s", time.monotonic() - start)
     screen.note(f"{shown_settings(chat.sampling)}; /help lists the commands")
-    if int8 and is_default:
-        screen.note("weights in int8, which is faster here; --noint8 keeps float32")
-    for text in chosen.notes:
+    for text in (*notes, *chosen.notes):
         screen.note(text)
     try:
         Session(chat, screen).loop()
     except KeyboardInterrupt:
         screen.write("\n")
         sys.exit(_INTERRUPTED)
-
-
-def _size(opened: store.Opened) -> str:
-    config = opened.model.config
-    count = parameters(config)
-    active = ""
-    if config.n_experts:
-        active = f", {active_parameters(config) / 1e6:,.1f} M active"
-    return (
-        f"{count / 1e6:,.1f} M parameters{active} ({4 * count / 1e6:,.0f} MB in float32), "
-        f"context of {config.max_length:,} tokens"
-    )
-
-
-def _validate_head(path: str | Path, opened: store.Opened) -> None:
-    """Raises ConfigError for a reward model; names a language model of the same recipe."""
-    if opened.model.head == "lm":
-        return
-    if is_foreign(path):
-        name, others = str(path), []
-    else:
-        folder = store.find(path)
-        name, others = str(folder), _language_models(folder.parent.parent)
-    message = (
-        f"{name}: is a reward model, which scores responses and writes none; "
-        "chat needs a language model"
-    )
-    if others:
-        message += f", such as --workdir={others[-1]}"
-    raise ConfigError(message)
-
-
-def _language_models(recipe: Path) -> list[Path]:
-    """Returns the workdirs of a recipe's stages that made a language model."""
-    stages = [
-        stage
-        for stage in store.numbered(recipe)
-        if (stage / store.FOLDER / "config.json").exists()
-    ]
-    return [stage for stage in stages if store.describe(stage).head == "lm"]
 
 
 # ------------------------------------------------------------------ the screen
@@ -288,6 +235,16 @@ class Session:
             self.chat.set_sampling(stop=ends)
         self.screen.note(shown_settings(self.chat.sampling))
 
+    def json(self, file: str) -> None:
+        """Makes responses JSON that fits a schema, or any JSON object without a file."""
+        if file == "-":
+            self.chat.set_form(None)
+            self.screen.note("responses are any text")
+            return
+        schema = json_text.read(paths.path(file)) if file else ANY_OBJECT.value
+        self.chat.set_form(Form("json", schema))
+        self.screen.note("responses are JSON; /json - allows any text again")
+
     def system(self, text: str) -> None:
         if text:
             self.chat.set_system("" if text == "-" else text)
@@ -337,6 +294,7 @@ HELP = '''\
 /temperature X, /top_p X, /top_k N, /min_p X, /repetition_penalty X, /max_new_tokens N: settings
 of the sampler
 /stop TEXT: ends responses before this text, \\n is a line break; /stop - removes it
+/json FILE: makes responses JSON that fits the schema in FILE; /json any object; /json - any text
 /retry: another response to the last message
 /undo: forgets the last message and its response
 /tokens: the conversation as the model sees it, and the tokens per second
@@ -346,6 +304,7 @@ Ctrl-C: stops the response; at the prompt, ends the program
 """ before and after a message of several lines'''
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "stop": Session.stop,
+    "json": Session.json,
     "system": Session.system,
     "retry": Session.retry,
     "undo": Session.undo,

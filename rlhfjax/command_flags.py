@@ -2,6 +2,9 @@
 
 from absl import flags
 
+from rlhfjax import sampling_flags
+from rlhfjax.sampling_flags import OWN
+
 Flags = flags.FlagValues
 MOST = 1024  # processes that a command takes
 LONGEST_WAIT = 2**31 - 1  # seconds: jax takes an int32
@@ -9,6 +12,7 @@ LONGEST_WAIT = 2**31 - 1  # seconds: jax takes an int32
 PLACEHOLDERS = {
     "adapter": "DIR",
     "cache": "DIR",
+    "comparisons": "FILE",
     "compilation_cache": "DIR",
     "config": "FILE.py[:ARGS]",
     "data_dir": "DIR",
@@ -18,6 +22,7 @@ PLACEHOLDERS = {
     "model": "MODEL",
     "only": "STAGE",
     "price": "MONEY",
+    "reward": "MODEL",
     "reward_model": "MODEL",
     "source": "SPEC",
     "stage": "STAGE",
@@ -192,66 +197,19 @@ def adapter(fv: Flags) -> None:
     )
 
 
-_OWN = "default: that of the model's generation_config.json, else "
-
-
 def chat(fv: Flags) -> None:
     model(fv)
     adapter(fv)
-    flags.DEFINE_float(
-        "temperature",
-        None,
-        f"0 is greedy; {_OWN}0.7, and 0.2 for models from elsewhere",
-        0.0,
-        1e4,
-        flag_values=fv,
-    )
-    flags.DEFINE_float(
-        "top_p",
-        None,
-        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9, "
-        "and 0.5 for models from elsewhere",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "top_k", None, f"keep the k most likely tokens; {_OWN}0 (off)", flag_values=fv
-    )
-    flags.DEFINE_float(
-        "min_p",
-        None,
-        "keep tokens at least this many times as likely as the likeliest; "
-        f"{_OWN}0 (off)",
-        flag_values=fv,
-    )
+    sampling_flags.sampling(fv, f"{OWN}256, at most a quarter of the context")
     flags.DEFINE_float(
         "repetition_penalty",
         None,
-        f"makes tokens that came before less likely, such as 1.1; {_OWN}1 (off)",
-        flag_values=fv,
-    )
-    flags.DEFINE_multi_string(
-        "stop",
-        [],
-        f"text that ends a response, before it; several may be given; {_OWN}none",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "max_new_tokens",
-        None,
-        f"longest response, in tokens; {_OWN}256, at most a quarter of the context",
-        1,
-        2**24,
+        f"makes tokens that came before less likely, such as 1.1; {OWN}1 (off)",
         flag_values=fv,
     )
     system(fv)
     flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
-    flags.DEFINE_bool(
-        "int8",
-        None,
-        "keep weights and cache in int8, or neither; default: the weights of a large dense model "
-        "on a CPU",
-        flag_values=fv,
-    )
+    sampling_flags.int8(fv)
     compilation_cache(fv)
 
 

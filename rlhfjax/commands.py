@@ -71,7 +71,7 @@ def _run(fv: Flags, chosen: tuple[str, str] | None = None) -> None:
     if fv.dry_run:
         dry_run.show(fv.config, workdir, choice, cache)
         return
-    _keep_compiled_programs(fv)
+    keep_compiled_programs(fv)
     if choice is not None:
         rerun.run(fv.config, workdir, choice, cache)
     else:
@@ -81,7 +81,7 @@ def _run(fv: Flags, chosen: tuple[str, str] | None = None) -> None:
         _print_next_steps(workdir)
 
 
-def _keep_compiled_programs(fv: Flags) -> None:
+def keep_compiled_programs(fv: Flags) -> None:
     """Makes jax keep compiled programs where the flag says. Call it once the hosts have joined."""
     from rlhfjax import compilation_cache
 
@@ -148,7 +148,7 @@ def evaluate(fv: Flags) -> None:
     process.log.info("evaluating %s; loading JAX", fv.workdir)
     from rlhfjax import hosts, json_text, recipe
 
-    _keep_compiled_programs(fv)
+    keep_compiled_programs(fv)
     metrics = recipe.evaluate(fv.config, path(fv.workdir))
     if hosts.first():
         finite = json_text.null_nonfinite(metrics)
@@ -171,7 +171,7 @@ def chat(fv: Flags) -> None:
     process.log.info("loading %s", fv.model or fv.workdir)
     from rlhfjax import chat_settings, chat_terminal
 
-    _keep_compiled_programs(fv)
+    keep_compiled_programs(fv)
     options = chat_settings.Options(
         temperature=fv.temperature,
         top_p=fv.top_p,
@@ -275,7 +275,7 @@ def import_model(fv: Flags) -> None:
     from rlhfjax.stages import stage_config
 
     _need(fv, "model", "workdir")
-    _keep_compiled_programs(fv)
+    keep_compiled_programs(fv)
     config = stage_config(
         "import_model",
         init_from=fv.model,

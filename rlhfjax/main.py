@@ -15,6 +15,8 @@ from rlhfjax import (
     manual,
     plan_flags,
     process,
+    serve_flags,
+    server_commands,
 )
 from rlhfjax.errors import ConfigError, cut, first_line
 
@@ -60,6 +62,9 @@ COMMANDS = {
     ),
     "eval": Command(commands.evaluate, config=True, several_hosts=True),
     "chat": Command(commands.chat, command_flags.chat, "--workdir=DIR | --model=MODEL"),
+    "serve": Command(
+        server_commands.serve, serve_flags.define, "--workdir=DIR | --model=MODEL"
+    ),
     "report": Command(commands.report),
     "label": Command(
         label_command.run,

@@ -53,8 +53,8 @@ def test_a_metric_that_a_run_lacks_has_no_row():
 def test_a_run_whose_row_is_kept_is_not_run_again(monkeypatch, tmp_path):
     started = []
 
-    def run(seed, dtype, size, _workdir):
-        started.append((seed, dtype))
+    def run(seed, dtype, size, _workdir, until):
+        started.append((seed, dtype, until) if until else (seed, dtype))
         loss = 2.0 + seed + 0.001 * (dtype != "float32")
         return {
             "size": size,
@@ -78,3 +78,16 @@ def test_a_run_whose_row_is_kept_is_not_run_again(monkeypatch, tmp_path):
         (0, "bfloat16_products"),
         (1, "bfloat16_products"),
     ]
+    started.clear()
+    assert precision.main([*words, "--loss_seeds=3"]) == 0
+    assert started == [(2, dtype, "sft") for dtype in precision.DTYPES]
+
+
+def test_a_metric_has_the_seeds_that_measured_it():
+    whole = {"sft/val_loss": 2.0, "evaluate/kl": 1.0}
+    loss = {"sft/val_loss": 3.0}
+    rows = precision.compare([(whole, whole), (whole, whole), (loss, loss)])
+    assert {row.name: len(row.values[0]) for row in rows} == {
+        "sft/val_loss": 3,
+        "evaluate/kl": 2,
+    }

@@ -23,6 +23,7 @@ from rlhfjax.models import Model
 from rlhfjax.models.presets import preset
 from rlhfjax.rl.rollout import row_keys, sample
 from rlhfjax.sampling import Sampling, generate
+from rlhfjax.sampling.structured import Form
 from rlhfjax.tokenize_text import visible
 
 
@@ -191,6 +192,19 @@ def test_unfinished_characters_are_held_back(saved):
     pieces = list(decode_stream(tokenizer, tokenizer.encode(text)))
     assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text))
     assert all("\ufffd" not in piece for piece in pieces) and len(pieces) > 2
+
+
+def test_responses_of_a_form(saved):
+    """A model without an opinion on JSON writes what the schema says, and ends there."""
+    talk = start(saved, temperature=1.0, max_new_tokens=12)
+    with pytest.raises(ConfigError, match="json: Invalid type: x"):
+        talk.set_form(Form("json", {"type": "x"}))
+    talk.set_form(Form("json", {"enum": [12, "tea"]}))
+    assert say(talk, "tea") in ("12", '"tea"')
+    assert talk.last.end == "eos"
+    talk.set_form(None)
+    talk.reset()
+    assert say(talk, "tea") not in ("12", '"tea"')
 
 
 def test_a_model_that_cannot_speak_is_refused(finished, saved):

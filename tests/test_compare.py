@@ -108,9 +108,55 @@ def test_the_table_has_paired_ratios_spreads_failures_and_missing_sides():
         "| 2.00 (2.00–2.50) | 702, 702, — | 50 %, 10 % |"
     ) in text
     assert "| default | 390 (380–400), auto | 200 (200–200), bf16 | — | 1.95 (" in text
-    assert "Tunix was left out of pretrain: not installed." in text
+    assert "Tunix was not run on pretrain tiny." in text
     assert "- pilot trl bf16+compile pretrain tiny: no compiler" in text
     assert "| [1, 2] x [2, 3] | 10 | 1.2e-08 | 1.5 | 3.0 |" in text
+
+
+def test_a_default_that_stands_for_the_best_setting_is_that_of_the_best_pairing():
+    auto = {"dtype": "bfloat16_products"}
+    runs = [run("rlhfjax", "auto", 0, 400.0, **auto), run("trl", "medium", 0, 100.0)]
+    text = compare_table.markdown([*records()[:7], *runs])
+    assert "| best | 400 (400–400), auto | 100 (100–100), medium | — | 4.00 (" in text
+    assert "| pretrain | tiny | float32 | — | — | — |" in text
+
+
+def test_the_same_command_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """In any order of failures: each run of each round is measured once."""
+    measured = []
+
+    def measure(command, limit):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append(command)
+        if "setting=bf16" in command:
+            return {"error": "no"}
+        return {"tokens_per_s": 1.0 + len(measured), "dtype": "float32"}
+
+    monkeypatch.setattr(compare, "measured", measure)
+    monkeypatch.setattr(compare.precision, "here", lambda: "float32")
+    out = tmp_path / "compare.jsonl"
+
+    def go():
+        comparison = compare.Comparison(compare.Sides(tunix="t"), out, 1, {"steps": 2})
+        comparison.pilot(["pretrain:tiny"])
+        for number in range(2):
+            comparison.round(number, ["pretrain:tiny"])
+        return comparison
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    measured.append("the interruption")
+    records = go().records
+    about = [
+        tuple(r[k] for k in ("phase", "round", "side", "setting")) for r in records
+    ]
+    assert len(set(about)) == len(about)
+    of_pilot = [each for each in about if each[0] == "pilot"]
+    assert len(of_pilot) == 4  # two settings of each side
+    assert len(measured) == len(about) + 1
+    assert {"steps=2", "--steps=2"} & set(measured[-1])
+    assert go().records == records
 
 
 def test_a_pairing_that_was_not_run_is_an_empty_row_and_not_another_setting():

@@ -44,7 +44,7 @@ def test_help_of_every_command(command, capsys):
         assert code == 0 and not err
         assert out.startswith(f"usage: rlhfjax {command} ")
         assert "\n  --workdir=DIR " in out
-        assert ("--temperature" in out) == (command == "chat")
+        assert ("--temperature" in out) == (command in ("chat", "serve"))
         assert "absl" not in out and "flagfile" not in out
     assert out == call(capsys, "help", command)[1]
 
@@ -134,7 +134,7 @@ def configs(tmp_path):
     [
         (
             ("bogus",),
-            "command 'bogus' is unknown; known: run, train, sweep, eval, chat, report",
+            "command 'bogus' is unknown; known: run, train, sweep, eval, chat, serve, report",
         ),
         (("run",), "--config is required"),
         (("train",), "--config is required"),

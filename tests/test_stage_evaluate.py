@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from rlhfjax import recipe
-from rlhfjax.errors import DataError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.metrics import last_values
 from rlhfjax.report import tables, write_report
 from rlhfjax.report.workdir import read_run
@@ -61,6 +61,36 @@ def test_pitfall_35_shaped_responses_have_no_kl_and_it_is_said(
     ]
     assert kl.note == tables.SHAPED
     assert tables._why_no_kl({"temperature": 1.0}) == ""
+
+
+def test_the_policy_may_get_the_prompts_in_another_form(
+    conversations, finished, tmp_path
+):
+    """Each response is that to its own form; the baseline's do not change."""
+    plain = tmp_path / "plain.jsonl"
+    other = tmp_path / "other.jsonl"
+    questions = [f"Question {i}" for i in range(4)]
+    plain.write_text("".join(f'{{"prompt": "{x}"}}\n' for x in questions))
+    other.write_text("".join(f'{{"prompt": "Please. {x}"}}\n' for x in questions))
+
+    def prompts(file):
+        return {"source": {"spec": f"jsonl:{file}", "kind": "prompt", "split": "all"}}
+
+    def run(name, **changes):
+        evaluated(conversations, finished, tmp_path / name, **changes)
+        return samples(tmp_path / name)
+
+    both = run("both", prompts=prompts(plain))
+    others = run("others", prompts=prompts(other))
+    mixed = run("mixed", prompts=prompts(plain), policy_prompts=prompts(other))
+    policy = [row["policy"] for row in mixed]
+    assert policy == [row["policy"] for row in others]
+    assert policy != [row["policy"] for row in both]
+    assert [row["baseline"] for row in mixed] == [row["baseline"] for row in both]
+    assert "Please. Question 2" in mixed[2]["prompt"]
+    fewer = {**prompts(other), "limit": 3}
+    with pytest.raises(ConfigError, match=r"3 prompts, evaluate\.prompts has 4"):
+        run("fewer", prompts=prompts(plain), policy_prompts=fewer)
 
 
 def samples(workdir):

@@ -18,6 +18,12 @@ from rlhfjax.data.chinese import ChineseWords, Xiehouyu
 from rlhfjax.data.chitchat import Chitchat, ChitchatRatings
 from rlhfjax.data.dataset_folders import INFO, locked
 from rlhfjax.data.package_corpora import KingJamesBible, PackageCorpus
+from rlhfjax.data.stories import (
+    ForumStories,
+    PromptedStories,
+    Stories,
+    StoryDocuments,
+)
 from rlhfjax.errors import DataError, UserError, first_line
 from rlhfjax.paths import Path
 
@@ -26,7 +32,17 @@ FEATURES = "features.json"
 FEATURE_MODULES = f"{tfds.core.__name__}.features"
 BUILDERS: dict[str, type[PackageCorpus]] = {
     builder.name: builder
-    for builder in (Chitchat, KingJamesBible, ChitchatRatings, ChineseWords, Xiehouyu)
+    for builder in (
+        Chitchat,
+        KingJamesBible,
+        ChitchatRatings,
+        ChineseWords,
+        Xiehouyu,
+        Stories,
+        PromptedStories,
+        ForumStories,
+        StoryDocuments,
+    )
 }
 OFFLINE = (
     f"without a network there are tfds:{', tfds:'.join(BUILDERS)}, tfds:FOLDER of a dataset that"
@@ -38,6 +54,10 @@ DEFAULT_KIND = {
     "chitchat_ratings": "preferences",
     "zh_words": "messages",
     "xiehouyu": "messages",
+    "stories": "messages",
+    "stories_prompted": "messages",
+    "stories_forum": "messages",
+    "stories_documents": "text",
 }
 
 

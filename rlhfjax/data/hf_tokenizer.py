@@ -38,8 +38,12 @@ _SPACE = "\u2581"  # how BPE over characters spells a blank
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 # Keys of tokenizer_config.json that replace what tokenizer.json says.
 _OTHER_READERS = ("added_tokens_decoder", "auto_map", "backend")
-# How byte-level BPE spells the 256 bytes.
-_BYTES = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+# How byte-level BPE spells the 256 bytes: those that Latin-1 prints as they are, the others in
+# order from U+0100 on.
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 _NEVER = "ÿ"  # how byte-level BPE spells the byte 0xFF, which no UTF-8 text contains
 
 
@@ -301,26 +305,33 @@ class HuggingFaceTokenizer:
 
         0 for specials and unk; see `Tokenizer`.
         """
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for piece, i in self._ids.items():
-            lengths[i] = self._byte_length(piece)
-        return lengths
+        return np.array([len(text) for text in self.token_bytes()], np.int32)
 
-    def _byte_length(self, piece: str) -> int:
+    def token_bytes(self) -> list[bytes]:
+        """Returns the UTF-8 bytes of each id's text; none for specials and unk."""
+        texts = [b""] * self.vocab_size
+        for piece, i in self._ids.items():
+            texts[i] = self._bytes_of(piece)
+        return texts
+
+    def _bytes_of(self, piece: str) -> bytes:
         if piece in self._added:
             if self._added[piece]["special"]:
-                return 0
+                return b""
             text = piece if self._over_bytes else piece.replace(_SPACE, " ")
-            return len(text.encode())
+            return text.encode()
         if piece == self._unk:
-            return 0
+            return b""
         if self._over_bytes:
             # A character stands for a byte, but a piece with any other character is decoded as it
             # is spelled.
-            return len(piece) if _BYTES.issuperset(piece) else len(piece.encode())
+            is_bytes = _BYTES.keys() >= set(piece)
+            if not is_bytes:
+                return piece.encode()
+            return bytes([_BYTES[character] for character in piece])
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            return 1
-        return len(piece.replace(_SPACE, " ").encode())
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace(_SPACE, " ").encode()
 
 
 def read_folder(folder: str | os.PathLike) -> HuggingFaceTokenizer:

@@ -71,6 +71,13 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self) -> list[bytes]:
+        """Returns the UTF-8 bytes of each id's text, a part of a character included.
+
+        Their lengths are `byte_lengths`, so specials and unk have none.
+        """
+        ...
+
     def save(self, folder: Path) -> None: ...
 
     def export(self, folder: Path) -> None:
@@ -184,16 +191,19 @@ class SentencePieceTokenizer:
 
         0 for specials and markers; see `Tokenizer`.
         """
-        lengths = [self._byte_length(i) for i in range(self.vocab_size)]
-        return np.array(lengths, np.int32)
+        return np.array([len(text) for text in self.token_bytes()], np.int32)
 
-    def _byte_length(self, i: int) -> int:
-        if self._sp.is_byte(i):
-            return 1
+    def token_bytes(self) -> list[bytes]:
+        """Returns the UTF-8 bytes of each id's text; none for specials and markers."""
+        return [self._bytes_of(i) for i in range(self.vocab_size)]
+
+    def _bytes_of(self, i: int) -> bytes:
         piece = self._sp.id_to_piece(i)
+        if self._sp.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])
         if self._sp.is_control(i) or self._sp.is_unknown(i) or _is_marker(piece):
-            return 0
-        return len(piece.replace(_SPACE, " ").encode())
+            return b""
+        return piece.replace(_SPACE, " ").encode()
 
 
 def _validate_whole(model: bytes) -> None:

@@ -39,7 +39,10 @@ def report(rows: Sequence[Mapping[str, Any]], name: str = "") -> list[str]:
     labels = [list(row["scores"]) for row in rows]
     if name:
         scorer = SCORERS[GoldConfig(name=name).name]()
-        labels = [scorer([""] * len(row), row).tolist() for row in texts]
+        labels = [
+            scorer([row["prompt"]] * len(responses), responses).tolist()
+            for row, responses in zip(rows, texts, strict=True)
+        ]
     widest = max(map(len, texts))
     lengths = [[float(len(words(text))) for text in row] for row in texts]
     tables = _padded(lengths, widest), _padded(labels, widest)

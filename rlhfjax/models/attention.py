@@ -219,6 +219,18 @@ def causal_attention(
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 
+def attend(
+    q: Float[Array, "b h t k"],
+    k: Float[Array, "b g s k"],
+    v: Float[Array, "b g s k"],
+    visible: Bool[Array, "_ t s"],
+    scoring: Scoring = PLAIN,
+) -> Float[Array, "b h t k"]:
+    """Returns the attention of queries over the keys that each of them may see, in q's dtype."""
+    out: Any = _attend(q, k, v, visible, None, scoring)
+    return out
+
+
 def cached_attention(
     q: Float[Array, "b h k"],
     k: Float[Array, "b g s k"] | Quantized,

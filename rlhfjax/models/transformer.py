@@ -411,6 +411,28 @@ class Model:
             x = self._apply_block(params, i, x, rope, attend)
         return self._norm(params, x)[:, 0], cache._replace(k=tuple(k), v=tuple(v))
 
+    def run(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        attend: Callable,
+    ) -> Float[Array, "b t d"]:
+        """Returns the hidden states of tokens whose attention the caller computes.
+
+        Args:
+          attend: attend(layer, q, k, v) returns the attention of a layer [b, h, t, k] from the
+            queries, keys and values of these tokens [b, h or kv_heads, t, k].
+        """
+        c = self.config
+        x = self._embed(params, tokens, positions, None)
+        ropes = kinds.ropes_of(c, positions)
+        for i in range(c.n_layers):
+            rope = ropes[kinds.index_of(c, i)]
+            of_layer = functools.partial(attend, i)
+            x = self._apply_block(params, i, x, rope, of_layer)
+        return self._norm(params, x)
+
     # ------------------------------------------------------------------ pieces
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhfjax.errors import ConfigError, DataError, first_line, install
 from rlhfjax.evals.text import repeated_n, words
+from rlhfjax.stories import world
 
 REPEATED_WORDS_ALLOWED = 0.25
 """share of a response's words that are repetitions; 95 % of human turns have less"""
@@ -185,9 +186,25 @@ class Unlabeled:
         return np.zeros(len(responses), np.float32)
 
 
-SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Unlabeled]] = {
+class Stories:
+    """Scores a story by what the last user's turn asks for, 0 to 1: `stories.world.worth`.
+
+      gold(story) = share of the wishes that come true x share of the sentences that agree
+
+    Neither length nor a list of words predicts it, and a model needs capability to raise it. Its
+    data are tfds:stories.
+    """
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Returns the score of each response, float32 [n]; there are as many prompts."""
+        pairs = zip(prompts, responses, strict=True)
+        return np.array([world.score(*pair) for pair in pairs], dtype=np.float32)
+
+
+SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Stories | Unlabeled]] = {
     "sentiment": Sentiment,
     "zh_sentiment": ChineseSentiment,
+    "stories": Stories,
     "unlabeled": Unlabeled,
 }
 """What makes each gold scorer, by name."""

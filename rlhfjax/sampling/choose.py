@@ -42,7 +42,7 @@ def choose(
         logits = keep_top_p(logits, sampling.top_p)
         logits = keep_min_p(logits, sampling.min_p)
         token = inverse_cdf(logits, u)
-    picked = _pick(logits, token)
+    picked = pick(logits, token)
     log_normalizer = jax.nn.logsumexp(logits, axis=1)
     logprob = picked - log_normalizer
     return token, logprob
@@ -99,7 +99,7 @@ def keep_top_k(logits: Float[Array, "b v"], top_k: int) -> Float[Array, "b v"]:
     """
     if top_k == 0 or top_k >= logits.shape[-1]:
         return logits
-    least = _least(logits, lambda above: above.sum(1) < top_k)
+    least = threshold(logits, lambda above: above.sum(1) < top_k)
     return jnp.where(logits < least, REMOVED, logits)
 
 
@@ -114,11 +114,11 @@ def keep_top_p(logits: Float[Array, "b v"], top_p: float) -> Float[Array, "b v"]
     if top_p >= 1.0:
         return logits
     p = jax.nn.softmax(logits, axis=1)
-    least = _least(logits, lambda above: jnp.where(above, p, 0.0).sum(1) < top_p)
+    least = threshold(logits, lambda above: jnp.where(above, p, 0.0).sum(1) < top_p)
     return jnp.where(logits < least, REMOVED, logits)
 
 
-def _least(
+def threshold(
     logits: Float[Array, "b v"],
     holds: Callable[[Bool[Array, "b v"]], Bool[Array, " b"]],
 ) -> Float[Array, "b 1"]:
@@ -193,7 +193,7 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     inside = inside[:, 0]
     has_previous = block > 0
     previous = jnp.maximum(block - 1, 0)
-    rest -= jnp.where(has_previous, _pick(ends, previous), 0.0)
+    rest -= jnp.where(has_previous, pick(ends, previous), 0.0)
     first = block * BLOCK
     cdf = jnp.cumsum(inside, axis=1)
     return first + _first_above(cdf, rest)
@@ -212,7 +212,7 @@ def _first_above(ends, x):
     return index.astype(jnp.int32)
 
 
-def _pick(rows, index):
+def pick(rows: Float[Array, "b n"], index: Int[Array, " b"]) -> Float[Array, " b"]:
     """Returns one value per row."""
     picked = jnp.take_along_axis(rows, index[:, None], axis=1)
     return picked[:, 0]

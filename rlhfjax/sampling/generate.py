@@ -14,10 +14,11 @@ from rlhfjax.algos.shaping import is_any
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.cache import grown
 from rlhfjax.models.transformer import Cache, Model
-from rlhfjax.sampling.choose import also_seen, choose, seen_in
+from rlhfjax.sampling.choose import REMOVED, also_seen, choose, seen_in
 from rlhfjax.sampling.config import Sampling, end_ids
 from rlhfjax.sampling.continuous import continuous, repeat
 from rlhfjax.sampling.samples import Samples, uniforms
+from rlhfjax.sampling.structured import Structure
 
 log = logging.getLogger("rlhfjax")
 
@@ -210,6 +211,7 @@ def stream(
     key: Key[Array, ""],
     sampling: Sampling,
     entries: int = 0,
+    structure: Structure | None = None,
 ) -> Iterator[int]:
     """Yields the tokens of one response as they are drawn; the eos (if it comes) is the last.
 
@@ -219,23 +221,32 @@ def stream(
 
     Args:
       entries: of the cache; it has at least those of the prompt and all new tokens but the last.
+      structure: which tokens may follow; the response ends where none may. None: any may.
     """
     p, max_new_tokens = tokens.shape[1], sampling.max_new_tokens
     _validate_length(model, p, max_new_tokens)
     entries = max(entries, p + max_new_tokens - 1)
-    return _stream(model, params, tokens, attention_mask, key, sampling, entries)
+    prompt = tokens, attention_mask
+    return _stream(model, params, *prompt, key, sampling, entries, structure)
 
 
-def _stream(model, params, tokens, attention_mask, key, sampling, entries):
+def _stream(model, params, tokens, attention_mask, key, sampling, entries, structure):
     p, max_new_tokens = tokens.shape[1], sampling.max_new_tokens
     length = (attention_mask > 0).sum(1, dtype=jnp.int32)
     hidden, cache = _prefill(model, entries, params, tokens, attention_mask)
     seen = seen_in(sampling, tokens, attention_mask, model.config.vocab_size)
     for step in range(max_new_tokens):
-        token, seen = _next_token(model, sampling, params, hidden, key, step, seen)
+        allowed = structure and structure.allowed(model.config.vocab_size)
+        token, seen = _next_token(
+            model, sampling, params, hidden, key, step, seen, allowed
+        )
         yield int(token[0])
         if int(token[0]) in end_ids(sampling) or step + 1 == max_new_tokens:
             return
+        if structure:
+            structure.accept(int(token[0]))
+            if structure.is_complete:
+                return
         position, place = length + step, jnp.int32(p + step)
         hidden, cache = _decode(model, params, token, position, place, cache)
 
@@ -247,9 +258,12 @@ def _prefill(model, entries, params, tokens, attention_mask):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _next_token(model, sampling, params, hidden, key, step, seen):
+def _next_token(model, sampling, params, hidden, key, step, seen, allowed):
     u = jax.random.uniform(jax.random.fold_in(key, step))[None]
-    token, _ = choose(model.sampling_logits(params, hidden), u, sampling, seen)
+    logits = model.sampling_logits(params, hidden)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, REMOVED)
+    token, _ = choose(logits, u, sampling, seen)
     return token, also_seen(seen, token)
 
 

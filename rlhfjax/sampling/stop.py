@@ -49,26 +49,48 @@ def _count_within(tokenizer: Tokenizer, ids: list[int], text: str) -> int:
     return low
 
 
-def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Yields pieces of a text until the first stop text.
+class StopFinder:
+    """Looks for the first stop text in a text that comes in pieces.
 
-    What may be the beginning of a stop text is held back until the next piece decides. After the
-    stop text no more pieces are asked for.
+    What may be the beginning of a stop text is held back until the next piece decides.
     """
-    held = ""
-    for piece in pieces:
-        held += piece
-        end = find_stop(held, stop)
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop, self._held = stop, ""
+        self.is_found = False
+        """Whether a stop text came; no more pieces are needed then."""
+
+    def push(self, piece: str) -> str:
+        """Takes a piece; returns what is certain to stand before a stop text."""
+        self._held += piece
+        end = find_stop(self._held, self._stop)
         if end is not None:
-            if end:
-                yield held[:end]
-            return
-        size = _begun(held, stop)
-        shown, held = held[: len(held) - size], held[len(held) - size :]
-        if shown:
+            self.is_found = True
+            return self._taken(end)
+        return self._taken(len(self._held) - _begun(self._held, self._stop))
+
+    def rest(self) -> str:
+        """Returns what was held back, once no more pieces come."""
+        return "" if self.is_found else self._taken(len(self._held))
+
+    def _taken(self, size: int) -> str:
+        shown, self._held = self._held[:size], self._held[size:]
+        return shown
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Yields pieces of a text until the first stop text, as `StopFinder` finds it.
+
+    After the stop text no more pieces are asked for.
+    """
+    finder = StopFinder(stop)
+    for piece in pieces:
+        if shown := finder.push(piece):
             yield shown
-    if held:
-        yield held
+        if finder.is_found:
+            return
+    if rest := finder.rest():
+        yield rest
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:

@@ -32,6 +32,7 @@ from rlhfjax.data import loader
 from rlhfjax.data.config import SourceConfig, open_sources
 from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.sources import Source
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.evals.length import length_controlled_win_rate
@@ -107,6 +108,9 @@ class Config(ShapedSamplingConfig):
     """The reward that the policy was trained on; None: not measured."""
     prompts: PromptConfig = PromptConfig()
     """Held-out prompts."""
+    policy_prompts: PromptConfig = PromptConfig()
+    """The same prompts, row by row, as the policy gets them: after solved examples, for a model
+    that was only pretrained. Without a source the policy gets `prompts`."""
     tax: TaxConfig = TaxConfig()
     """Held-out text, on which the loss of the models is measured."""
     batch_size: Size = 64
@@ -174,26 +178,46 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         for name in SCORES
         if (source := getattr(config, name))
     }
-    prompts = open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed)
+    prompts = _prompts(config, tokenizer)
     with layout.use():
         results = {
             name: _measure(
-                config, name, models[name], models["baseline"], rewards, prompts, layout
+                config, name, models[name], models["baseline"], rewards, source, layout
             )
-            for name in COMPARED
+            for name, source in prompts.items()
         }
         losses = held_out_losses(config, models, layout)
     for model, reward in itertools.product(results, rewards):
         source = label(getattr(config, reward))
         context = f"evaluate.{reward}={source}, responses of the {model}"
         stats.validate_scores(results[model][reward], context)
-    metrics = summarize(results) | losses | data_metrics(prompts, "evaluate")
+    metrics = summarize(results) | losses
+    metrics |= data_metrics(prompts["policy"], "evaluate")
     policy = results["policy"]
     rows = sample_rows(policy["prompt"], policy, results["baseline"])
     write_jsonl(workdir / SAMPLES, rows)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
+
+
+def _prompts(config: Config, tokenizer: Tokenizer) -> dict[str, Source]:
+    """Returns the prompts of both models."""
+
+    def opened(option: str) -> Source:
+        prompts = getattr(config, option)
+        return open_prompts(prompts, f"evaluate.{option}", tokenizer, config.seed)
+
+    baseline = opened("prompts")
+    if config.policy_prompts.source is None:
+        return {"policy": baseline, "baseline": baseline}
+    policy = opened("policy_prompts")
+    if len(policy) != len(baseline):
+        raise ConfigError(
+            f"evaluate.policy_prompts: {len(policy)} prompts, evaluate.prompts has"
+            f" {len(baseline)}; expected the same ones, row by row"
+        )
+    return {"policy": policy, "baseline": baseline}
 
 
 def _measure(

@@ -44,9 +44,10 @@ def test_any_text_survives_the_round_trip_without_specials(tokenizer, parts):
 @given(parts=ANY_TEXT)
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(tokenizer, parts):
     text = "".join(parts)
-    assert tokenizer.byte_lengths()[np.array(tokenizer.encode(text), int)].sum() == len(
-        text.encode()
-    )
+    ids = tokenizer.encode(text)
+    assert tokenizer.byte_lengths()[np.array(ids, int)].sum() == len(text.encode())
+    texts = tokenizer.token_bytes()
+    assert b"".join(texts[i] for i in ids) == text.encode()
 
 
 def test_specials_and_markers_have_no_bytes(tokenizer):

@@ -212,6 +212,8 @@ def test_texts_have_the_ids_of_the_library_and_come_back(shapes, name):
         assert ours.decode(ids) == expected
         lengths = ours.byte_lengths()[ids].sum()
         assert lengths == len(expected.encode()) + blanks
+        texts = ours.token_bytes()
+        assert b"".join(texts[i] for i in ids)[blanks:] == expected.encode()
 
 
 @pytest.mark.parametrize("name", SHAPES)

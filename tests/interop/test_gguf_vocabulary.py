@@ -348,7 +348,7 @@ def test_phi_3s_tokens_that_swallow_blanks_are_not_passed_over(tmp_path):
 
 def test_a_tokenizer_of_another_kind_is_named():
     names = "vocab_size pad_id bos_id eos_id unk_id template encode decode token_id"
-    names += " byte_lengths save export document_start document_end extra_eos_ids"
+    names += " byte_lengths token_bytes save export document_start document_end extra_eos_ids"
     other = type("Other", (), dict.fromkeys(names.split(), print))()
     with pytest.raises(ConfigError, match="its class is Other"):
         describe(other, 9)

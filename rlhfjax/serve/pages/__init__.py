@@ -1,0 +1,1 @@
+"""The chat page: one HTML file, its styles and its scripts, without a build step."""

@@ -1,0 +1,132 @@
+"""Draws requests, and stories of careful and of careless writers, from a random.Random."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlhfjax.stories.world import (
+    COLORS,
+    FORMS,
+    MOODS,
+    PEOPLE,
+    PLACES,
+    THINGS,
+    Event,
+    Request,
+    Wish,
+    World,
+)
+
+# Writers of what a model is pretrained on: some are careful, and one writes all turns of a page.
+WRITERS = (
+    {"fulfilled": 0.95, "agreeing": 0.98},
+    {"fulfilled": 0.5, "agreeing": 0.85},
+    {"fulfilled": 0.1, "agreeing": 0.6},
+)
+LABELERS = {"fulfilled": 0.75, "agreeing": 0.95}  # what is written for fine-tuning
+EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
+
+
+def draw_request(rng: random.Random) -> Request:
+    """Returns a request with one to four wishes that can come true together."""
+    first, second = rng.sample(PEOPLE, 2)
+    thing = rng.choice(THINGS)
+    possible = [
+        Wish("takes", (first, rng.choice(COLORS), thing)),
+        Wish("gets", (second, thing)),
+        Wish("ends", (rng.choice((first, second)), rng.choice(PLACES))),
+        Wish("feels", (rng.choice((first, second)), rng.choice(MOODS))),
+    ]
+    kept = sorted(rng.sample(range(len(possible)), rng.randint(1, len(possible))))
+    return Request((first, second), tuple(possible[i] for i in kept))
+
+
+def draw_story(
+    rng: random.Random, request: Request, fulfilled: float, agreeing: float
+) -> str:
+    """Returns a story.
+
+    Args:
+      fulfilled: probability of each wish to be told.
+      agreeing: probability of each sentence to agree with those before it.
+    """
+    world = World(request.people)
+    events: list[Event] = []
+
+    def tell(event: Event) -> None:
+        if rng.random() > agreeing:
+            event = _any_event(rng, rng.sample(PEOPLE, 2))
+        world.follow(event)
+        events.append(event)
+
+    for wish in request.wishes:
+        if len(events) < 3 and rng.random() < 1 / 3:
+            tell(_filler(rng, world, request))
+        if rng.random() < fulfilled and not world.fulfills(wish):
+            for event in _steps(rng, world, wish):
+                tell(event)
+    while len(events) < 3:
+        tell(_filler(rng, world, request))
+    return " ".join(event.sentence() for event in events)
+
+
+def _steps(rng: random.Random, world: World, wish: Wish) -> Iterator[Event]:
+    """Yields the events that make a wish come true, as the world is when each is asked for."""
+    person, *others = wish.words
+    if wish.form == "takes":
+        yield Event("took", wish.words)
+    elif wish.form == "ends":
+        yield Event("went", wish.words)
+    elif wish.form == "feels":
+        yield Event("was", wish.words)
+    else:
+        thing = others[0]
+        other = next(each for each in world.people if each != person)
+        if world.holder.get(thing) is None:
+            yield Event(
+                "took", (other, world.color.get(thing) or rng.choice(COLORS), thing)
+            )
+        if not world.are_together():
+            place = world.place.get(other)
+            mover, place = (person, place) if place else (other, world.place[person])
+            yield Event("went", (mover, place))
+        yield Event("gave", (other, thing, person))
+
+
+def _filler(rng: random.Random, world: World, request: Request) -> Event:
+    """Returns an event that can happen and that no wish is about."""
+    words = {word for wish in request.wishes for word in wish.words}
+    while True:
+        event = _any_event(rng, world.people)
+        about_wish = event.form in ("went", "was") and event.words[0] in words
+        about_wish |= event.form == "took" and event.words[-1] in words
+        if (
+            not about_wish
+            and event.form not in ("lost", "gave")
+            and world.agrees(event)
+        ):
+            return event
+
+
+def _any_event(rng: random.Random, people: Sequence[str]) -> Event:
+    """Returns an event about two people, whether it can happen or not."""
+    first, second = rng.sample(list(people), 2)
+    thing, form = rng.choice(THINGS), rng.choice(list(FORMS))
+    words = {
+        "went": (first, rng.choice(PLACES)),
+        "took": (first, rng.choice(COLORS), thing),
+        "gave": (first, thing, second),
+        "lost": (first, thing),
+        "met": (first, second),
+        "was": (first, rng.choice(MOODS)),
+    }
+    return Event(form, words[form])
+
+
+def turn(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]]:
+    """Returns a request and a writer's story as messages."""
+    request = draw_request(rng)
+    story = draw_story(rng, request, **writer)
+    return [
+        {"role": "user", "content": request.text()},
+        {"role": "assistant", "content": story},
+    ]

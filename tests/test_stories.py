@@ -1,0 +1,143 @@
+"""The small world of the studies: what a story is worth, by hand, and what is drawn."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from rlhfjax import json_text
+from rlhfjax.data import sources
+from rlhfjax.data.stories import PromptedStories, Stories
+from rlhfjax.rewards.gold import SCORERS
+from rlhfjax.stories import draw, world
+from rlhfjax.stories.world import Event, Request, Wish
+
+ANNA_AND_BEN = (
+    "Tell a story about Anna and Ben. Anna took the red ball. Ben had the ball."
+    " Ben went to the park. Anna was sad."
+)
+
+
+@pytest.mark.parametrize(
+    ("story", "worth"),
+    [
+        (
+            "Anna took the red ball. Anna gave the ball to Ben. Ben went to the park."
+            " Anna was sad.",
+            1.0,
+        ),
+        ("Anna took the red ball.", 1 / 4),
+        ("Anna took the red ball. Anna went to the", 1 / 4 * 1 / 2),  # cut off
+        ("Anna took the blue ball. Anna gave the ball to Ben.", 1 / 4),
+        # Ben is elsewhere: the ball is not given.
+        (
+            "Anna took the red ball. Ben went to the park. Anna gave the ball to Ben.",
+            1 / 3,
+        ),
+        # Nobody else is asked for, and nothing happens twice.
+        ("Anna took the red ball. Leo was sad. Anna took the red ball.", 1 / 4 * 1 / 3),
+        ("Ben went to the park. Ben went to the school.", 0.0),
+        ("Anna was sad. Anna was happy. Anna was sad.", 0.0),
+        ("The cat sat on the mat.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_story_is_worth_its_wishes_times_its_agreeing_sentences(story, worth):
+    assert world.score(f"<|user|>{ANNA_AND_BEN}<|assistant|>", story) == worth
+
+
+def test_sentences_after_the_eighth_do_not_agree():
+    request = Request(("Anna", "Ben"), (Wish("feels", ("Anna", "sad")),))
+    moods = " ".join(f"Ben was {mood}." for mood in world.MOODS)
+    eight = f"Anna was sad. Anna met Ben. {moods}"
+    assert world.worth(request, eight) == 1
+    assert world.worth(request, f"{eight} Anna took the red ball.") == 8 / 9
+
+
+def test_a_thing_that_is_held_cannot_be_taken_and_one_that_is_lost_can():
+    request = Request(("Anna", "Ben"), (Wish("takes", ("Anna", "red", "key")),))
+    held = "Ben took the red key. Anna took the red key."
+    lost = "Ben took the red key. Ben lost the key. Anna took the red key."
+    assert world.worth(request, held) == 0
+    assert world.worth(request, lost) == 1
+    assert (
+        world.worth(request, lost.replace("Anna took the red", "Anna took the blue"))
+        == 0
+    )
+
+
+def test_only_the_last_request_counts():
+    turns = f"<|user|>Tell a story about Leo and Mary.<|assistant|>No.<|user|>{ANNA_AND_BEN}"
+    assert world.score(turns, "Anna took the red ball.") == 1 / 4
+    assert world.score("<|user|>Hello<|assistant|>", "Anna took the red ball.") == 0
+
+
+def test_a_request_is_read_as_it_was_drawn():
+    rng = random.Random(0)
+    for _ in range(300):
+        request = draw.draw_request(rng)
+        assert world.read_request(request.text()) == request
+    assert world.read_request("Anna took the red ball.") is None
+
+
+def test_a_story_is_read_as_it_was_written():
+    rng = random.Random(1)
+    events = [draw._any_event(rng, world.PEOPLE) for _ in range(200)]
+    assert {event.form for event in events} == set(world.FORMS)
+    assert world.read_story(" ".join(e.sentence() for e in events)) == events
+    assert world.read_story("Anna was sad.  So Ben") == [
+        Event("was", ("Anna", "sad")),
+        None,
+    ]
+
+
+def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
+    rng = random.Random(2)
+    requests = [draw.draw_request(rng) for _ in range(300)]
+    faultless = [draw.draw_story(rng, each, 1.0, 1.0) for each in requests]
+    assert set(map(world.worth, requests, faultless)) == {1.0}
+    found = [draw.draw_story(rng, each, **draw.WRITERS[1]) for each in requests]
+    written = [draw.draw_story(rng, each, **draw.LABELERS) for each in requests]
+    means = [
+        sum(map(world.worth, requests, stories)) / len(requests)
+        for stories in (found, written)
+    ]
+    assert 0.25 < means[0] < 0.45 < 0.6 < means[1] < 0.75
+    # Stories for other requests fulfill these by chance only.
+    others = sum(map(world.worth, requests, faultless[1:])) / len(requests)
+    assert others < 0.02
+
+
+def first(builder, split, n):
+    examples = itertools.islice(builder().examples_of(split), n)
+    return [json_text.parse(example["messages"]) for _, example in examples]
+
+
+def test_a_prompt_after_examples_ends_with_the_prompt_without_them():
+    plain, prompted = (first(each, "test", 5) for each in (Stories, PromptedStories))
+    for turns, alone in zip(prompted, plain, strict=True):
+        assert len(turns) == 6 and turns[-2:] == alone
+    assert len({turns[0]["content"] for turns in prompted}) == 5
+    assert first(Stories, "train", 1) != first(Stories, "test", 1)
+
+
+def test_the_builders_are_read_by_name():
+    kinds = {
+        "stories": ("messages", 1000),
+        "stories_prompted": ("messages", 1000),
+        "stories_forum": ("messages", 500),
+        "stories_documents": ("text", 500),
+    }
+    for name, (kind, rows) in kinds.items():
+        source = sources.open_source(f"tfds:{name}", split="test")
+        assert (source.kind, len(source)) == (kind, rows)
+    forum = sources.open_source("tfds:stories_forum", split="test")
+    turns = {len(forum[i]["messages"]) for i in range(20)}
+    assert turns == {2, 4, 6}
+
+
+def test_the_gold_reward_reads_the_prompt():
+    prompts = [f"<|user|>{ANNA_AND_BEN}<|assistant|>", "<|user|>Hi<|assistant|>"]
+    scores = SCORERS["stories"]()(prompts, ["Anna took the red ball."] * 2)
+    assert (scores.tolist(), scores.dtype) == ([0.25, 0.0], np.float32)
