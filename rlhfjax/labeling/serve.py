@@ -18,7 +18,7 @@ from rlhfjax.web.guard import guarded
 from rlhfjax.web.server import Server
 
 SIMULATED = "simulated"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
 LEAST_WAITING = 20  # labels that are needed, below which more responses are sampled
 
 
