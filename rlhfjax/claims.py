@@ -24,6 +24,10 @@ _CHANGES: dict[str, Change] = {
     "rollout_cache_parts": "mesh",
     "frozen_mesh": "mesh",
     "steps": "steps",
+    "host": "free",
+    "port": "free",
+    "grace": "free",
+    "labelers": "free",
 }
 # The changes of options that decide what a run computes.
 _DECISIVE: tuple[Change, ...] = ("refused", "steps")

@@ -17,7 +17,7 @@ PLACEHOLDERS = {
     "config": "FILE.py[:ARGS]",
     "data_dir": "DIR",
     "fits": "SIZE",
-    "from": "STAGE",
+    "from": "NAME",
     "json": "FILE",
     "model": "MODEL",
     "only": "STAGE",

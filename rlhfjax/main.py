@@ -11,6 +11,7 @@ from rlhfjax import (
     arguments,
     command_flags,
     commands,
+    label_command,
     manual,
     plan_flags,
     process,
@@ -65,6 +66,12 @@ COMMANDS = {
         server_commands.serve, serve_flags.define, "--workdir=DIR | --model=MODEL"
     ),
     "report": Command(commands.report),
+    "label": Command(
+        label_command.run,
+        label_command.define,
+        "--workdir=DIR --from=DIR",
+        goes_on=True,
+    ),
     "import": Command(
         commands.import_model,
         command_flags.import_model,

@@ -61,6 +61,7 @@ def together(configs: dict[str, dict[str, Any]]) -> None:
     configs["compose"]["members"] = (*rewards.values(), gold)
     configs["group"] |= {"reward": "stage:compose", "human": {"reward": "stage:tamer"}}
     configs["collect"]["labeler"] = "stage:feedback"
+    configs["label"]["answers"] = ("stage:collect/preferences",)
     configs["import_rankings"]["rankings"] = "stage:export_rankings/rankings.jsonl"
     selected = {
         "spec": "jsonl:stage:select/train.jsonl",
@@ -183,6 +184,13 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
             "prompts": prompts,
             "eval_prompts": {**held_out, "limit": 4},
             "batch_size": 4,
+        },
+        "label": {
+            "answers": preferences,
+            "simulated": "gold:sentiment",
+            "count": ROWS,
+            "port": 0,
+            "grace": 0.0,
         },
         "export_rankings": {"preferences": preferences},
         "import_rankings": {

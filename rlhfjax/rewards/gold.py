@@ -178,6 +178,14 @@ class ChineseSentiment(_Penalized):
         return text[at]
 
 
+class Unlabeled:
+    """Scores every response 0, a tie: the labeler of `collect` where people label afterwards."""
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Returns zeros, float32 [n]."""
+        return np.zeros(len(responses), np.float32)
+
+
 class Stories:
     """Scores a story by what the last user's turn asks for, 0 to 1: `stories.world.worth`.
 
@@ -193,10 +201,11 @@ class Stories:
         return np.array([world.score(*pair) for pair in pairs], dtype=np.float32)
 
 
-SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Stories]] = {
+SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Stories | Unlabeled]] = {
     "sentiment": Sentiment,
     "zh_sentiment": ChineseSentiment,
     "stories": Stories,
+    "unlabeled": Unlabeled,
 }
 """What makes each gold scorer, by name."""
 

@@ -32,6 +32,12 @@ def open_prompts(
       ConfigError: the option names no source.
       DataError: a row is malformed, or the template refuses it.
     """
+    source = read_prompts(config, option, seed)
+    return accepted(source, tokenizer, validate_prompt)
+
+
+def read_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
+    """Returns all prompts of a config option. Raises as `open_prompts` does."""
     if config.source is None:
         raise ConfigError(f"{option}.source: a value is required")
     validate_without_weight(config.source, f"{option}.source")
@@ -40,8 +46,7 @@ def open_prompts(
         takes_all = config.per_conversation == 0
         per_conversation = None if takes_all else config.per_conversation
         source = Prompts(source, per_conversation=per_conversation, seed=seed)
-    source = Limited(source, config.limit) if config.limit else source
-    return accepted(source, tokenizer, validate_prompt)
+    return Limited(source, config.limit) if config.limit else source
 
 
 def prompt_batches(

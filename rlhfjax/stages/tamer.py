@@ -7,7 +7,8 @@ probability that it is about token t. A feedback file holds JSON lines:
 
     {"prompt": text or messages, "response": text, "feedback": [[seconds, value], ...]}
 
-Token t of the response is on the screen from t to t + 1 times `seconds_per_token`. The result is a
+Token t of the response is on the screen from t to t + 1 times `seconds_per_token`; a row may have a
+column of that name, which must be the same, as the stage `label` writes it. The result is a
 reward by name: H summed over a response, which `compose` adds to another reward (the reward
 addition of TAMER+RL).
 
@@ -129,8 +130,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         return {f"val_{name}": metric for name, metric in metrics.items()}
 
     def open_data() -> Data:
-        rows = read_feedback(config.feedback, tokenizer, config.length)
-        held_out = read_feedback(config.held_out, tokenizer, config.length)
+        read = functools.partial(
+            read_feedback,
+            tokenizer=tokenizer,
+            length=config.length,
+            pace=config.seconds_per_token,
+        )
+        rows, held_out = read(config.feedback), read(config.held_out)
         no_weight = np.zeros_like(held_out[0].weight)
         filler = dataclasses.replace(held_out[0], weight=no_weight)
 
@@ -232,19 +238,30 @@ def make_credit(
 # ------------------------------------------------------------------ data
 
 
-def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[TamerBatch]:
+def read_feedback(
+    path: str, tokenizer: Tokenizer, length: int, pace: float | None = None
+) -> list[TamerBatch]:
     """Returns the responses of a file with their feedback, as rows of a TamerBatch.
 
     Prompts and responses that are longer than `length` together are truncated as those of rankings,
     see `examples.prompt_room`.
 
+    Args:
+      pace: seconds per token; None: that of a row is not looked at.
+
     Raises:
-      DataError: the file cannot be read, or a line is malformed.
+      DataError: the file cannot be read, a line is malformed, or its response was shown at another
+        pace.
     """
-    parsed = [
-        _read_line(context, line, tokenizer)
-        for context, line in located_rows(paths.path(path))
-    ]
+    parsed = []
+    for context, line in located_rows(paths.path(path)):
+        shown = line.get("seconds_per_token", pace)
+        if pace is not None and shown != pace:
+            raise DataError(
+                f"{context}: seconds_per_token is {json_text.shown(shown)};"
+                f" expected tamer.seconds_per_token={pace}"
+            )
+        parsed.append(_read_line(context, line, tokenizer))
     if not parsed:
         raise DataError(f"tamer: {path} holds no feedback")
     most = max(len(feedback) for _, _, feedback in parsed)
