@@ -52,4 +52,5 @@ def _address(url: str) -> tuple[str, int] | None:
     if not parts.hostname:
         return None
     ports = {"http": 80, "ftp": 21}
-    return parts.hostname, parts.port or ports.get(parts.scheme, 443)
+    usual = ports.get(parts.scheme, 443)
+    return parts.hostname, usual if parts.port is None else parts.port

@@ -30,6 +30,7 @@ def serve(fv: Flags) -> None:
     from rlhfjax.serve import command
 
     keep_compiled_programs(fv)
+    token = os.environ.get(serve_flags.TOKEN, "") if fv.token == "" else fv.token
     sampling = {name: getattr(fv, name) for name in chat_settings.OF_REQUESTS}
     options = command.ServeOptions(
         models=fv.model,
@@ -37,7 +38,7 @@ def serve(fv: Flags) -> None:
         adapter=fv.adapter,
         host=fv.host,
         port=fv.port,
-        token=fv.token or os.environ.get(serve_flags.TOKEN, ""),
+        token=token,
         timeout=fv.timeout,
         log_prompts=fv.log_prompts,
         lanes=fv.lanes,

@@ -1410,8 +1410,8 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     d(
         42,
         "data/hf_tokenizer.py",
-        "len(piece) if _BYTES.issuperset(piece) else len(piece.encode())",
-        "len(piece)",
+        "return piece.encode()",
+        "return bytes(len(piece))",
         "data/test_hf_tokenizer.py::test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes",
     ),
     d(

@@ -121,12 +121,13 @@ def _served(path: str | Path, name: str, options: ServeOptions) -> Served:
     if sampling.repetition_penalty != 1:
         notes.append(f"not applied: repetition_penalty={sampling.repetition_penalty}")
         sampling = dataclasses.replace(sampling, repetition_penalty=1.0)
+    longest = min(LONGEST, saved.model.config.max_length)
     start = time.monotonic()
     engine = Engine(
         saved.model,
         saved.params,
         lanes=options.lanes,
-        length=options.length or min(LONGEST, saved.model.config.max_length),
+        length=longest if options.length is None else options.length,
         queue=options.queue,
     )
     engine.warm_up()

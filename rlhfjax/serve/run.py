@@ -140,5 +140,5 @@ def _reason(end: End) -> Reason:
     if end.reason == "cancelled":
         raise Refused(503, "the server is closing")
     if end.reason == "error":
-        raise Refused(500, end.message or "the engine failed")
+        raise Refused(500, "the engine failed" if end.message == "" else end.message)
     return end.reason
