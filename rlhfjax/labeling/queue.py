@@ -102,8 +102,10 @@ def shown_as(store: Store, who: str, event: int) -> tuple[Item, list[int]]:
 
 
 def wanted(store: Store, rules: Rules) -> int:
-    """Returns the number of labels that end the collection."""
-    return rules.count or store.label_count() + left(store)
+    """Returns the number of labels that end the collection; a count of 0 takes all there are."""
+    if rules.count > 0:
+        return rules.count
+    return store.label_count() + left(store)
 
 
 def is_complete(store: Store, rules: Rules) -> bool:
