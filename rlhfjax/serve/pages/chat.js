@@ -1,6 +1,6 @@
 // The chat page. The conversation is `turns`; `render` draws it. Text is only ever put into the page
 // as text (textContent), never as HTML.
-import { complete, Failed, request } from "/stream.js";
+import { completeWhatFits, Failed, request } from "/stream.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
@@ -89,9 +89,9 @@ async function stream(response, messages, i) {
   };
   try {
     const options = { token, signal: running.signal, onText: show };
-    const { tokens, seconds, reason } = await complete(body, options);
+    const done = await completeWhatFits(body, options);
     response.state = "done";
-    response.note = noteOf(tokens, seconds, reason);
+    response.note = noteOf(done);
   } catch (error) {
     const stopped = error.name === "AbortError";
     response.state = stopped ? "done" : "failed";
@@ -100,11 +100,12 @@ async function stream(response, messages, i) {
   }
 }
 
-function noteOf(tokens, seconds, reason) {
+function noteOf({ tokens, seconds, reason, dropped }) {
   const parts = [`${tokens} token${tokens === 1 ? "" : "s"}`];
   if (seconds > 0 && tokens > 1) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
   if (reason === "length") parts.push("cut: no more tokens allowed");
   if (reason === "stopped") parts.push("stopped");
+  if (dropped) parts.push(`the oldest ${dropped} messages were left out`);
   return parts.join(" · ");
 }
 

@@ -1,9 +1,10 @@
 // Requests to the API of this server: JSON, and server-sent events of a chat completion.
 
 export class Failed extends Error {
-  constructor(status, message) {
+  constructor(status, message, code = "") {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -16,13 +17,13 @@ export async function request(path, { token = "", body, signal } = {}) {
   if (body !== undefined) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
   const reply = await fetch(path, options);
   if (reply.ok) return reply;
-  let message = `${reply.status} ${reply.statusText}`;
+  let message = `${reply.status} ${reply.statusText}`, code = "";
   try {
-    message = (await reply.json()).error.message;
+    ({ message, code } = (await reply.json()).error);
   } catch {
     // not an error object: the status says what there is to say
   }
-  throw new Failed(reply.status, message);
+  throw new Failed(reply.status, message, code);
 }
 
 /** Yields the JSON values of an event stream until [DONE]. */
@@ -77,4 +78,27 @@ export async function complete(body, { token, signal, onText }) {
     reason = "stopped";
   }
   return { tokens: tokens || pieces, seconds: (last - first) / 1000, reason };
+}
+
+/** Completes a conversation; one that the model has no room for, without its oldest turns. */
+export async function completeWhatFits(body, options) {
+  let messages = body.messages;
+  for (;;) {
+    try {
+      const done = await complete({ ...body, messages }, options);
+      return { ...done, dropped: body.messages.length - messages.length };
+    } catch (error) {
+      const shorter = withoutOldest(messages);
+      if (error.code !== "context_length_exceeded" || !shorter) throw error;
+      messages = shorter;
+    }
+  }
+}
+
+/** Returns the messages from the second user's turn on, with the system prompt; null if there is none. */
+function withoutOldest(messages) {
+  const users = messages.flatMap((message, i) => (message.role === "user" ? [i] : []));
+  if (users.length < 2) return null;
+  const system = messages.filter((message) => message.role === "system");
+  return [...system, ...messages.slice(users[1])];
 }
