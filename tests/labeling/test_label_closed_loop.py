@@ -18,7 +18,7 @@ from tests.labeling.label_rule import scorer
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = "/usr/bin/chromium"
-RULE = "rule:tests.labeling.label_rule:share_of_e"
+RULE = "rule:tests.labeling.label_rule:share_of_punctuation"
 LABELERS, BY_BROWSER = 3, 20  # labels per browser
 
 
@@ -110,7 +110,8 @@ def test_sixty_labels_in_browsers_and_two_thousand_over_http_train_a_better_poli
         workdir,
         config,
         *("label_1.port=0", "label_1.grace=1.0", "label_1.validation=0.2"),
-        *("collect_1.prompts.limit=1200", "reward_1.steps=200"),
+        *("collect_1.prompts.limit=1200", "reward_1.steps=400"),
+        "reward_1.optim.learning_rate=0.002",
         *(f"ppo_1.gold={RULE}", "ppo_1.steps=40", "ppo_1.kl.coefficient=0.03"),
         *(f"evaluate_1.gold={RULE}", "evaluate_1.prompts.limit=256"),
     )
