@@ -100,7 +100,7 @@ def scores(conversations, tmp_path_factory):
     return before, best, everything
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_round_raises_the_score_of_what_is_sampled_and_only_selection_does(scores):
     before, best, everything = scores
     assert best > 2 * before  # 0.55 and 0.18 letters an answer when this was written

@@ -42,6 +42,7 @@ def test_without_it_nothing_is_traced(finished):
     assert not (recipe_folder(finished, "pretrain") / "profile").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_among_its_steps_leaves_their_trace(
     conversations, finished, tmp_path, monkeypatch
 ):

@@ -54,7 +54,7 @@ def test_held_out_loss_is_the_likelihood_alone():
     np.testing.assert_allclose(total / weight, plain, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_stage_trains_a_mixture_of_experts(conversations, tmp_path, capsys):
     """The whole recipe, then a direct and a group stage on what it left."""
     config = tiny.get_config(f"data={conversations},steps=2,until=ppo")

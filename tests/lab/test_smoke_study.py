@@ -12,7 +12,7 @@ from rlhfjax.lab import results
 from tests import doc_commands
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_study_of_the_page(tmp_path, monkeypatch):
     for name, text in doc_commands.files("docs/studies.md").items():
         (tmp_path / name).write_text(text)
