@@ -78,6 +78,18 @@ def compare(
     return rows
 
 
+def quickstart(seed: int, dtype: str, size: str, until: str = "") -> Any:
+    """Returns the recipe; with `until` its stages up to that one."""
+    config = load(f"{RECIPE}:size={size},seed={seed}").config()
+    config.pretrain.model.dtype = dtype
+    if until:
+        kept = config.stages.index(until) + 1
+        for name in config.stages[kept:]:
+            del config[name]
+        config.stages = config.stages[:kept]
+    return config
+
+
 def run(
     seed: int, dtype: str, size: str, workdir: Path, until: str = ""
 ) -> dict[str, Any]:
@@ -86,10 +98,7 @@ def run(
     Args:
       until: the last stage; empty: all of them.
     """
-    config = load(f"{RECIPE}:size={size},seed={seed}").config()
-    config.pretrain.model.dtype = dtype
-    if until:
-        config.stages = config.stages[: config.stages.index(until) + 1]
+    config = quickstart(seed, dtype, size, until)
     folder = workdir / f"{dtype}_{seed}"
     metrics = recipe.run(config, folder, cache=workdir / "cache")
     return {

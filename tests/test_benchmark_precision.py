@@ -5,6 +5,7 @@ import math
 import pytest
 
 from benchmarks import precision
+from rlhfjax import recipe
 
 # Student's quantile of 97.5 % with 2 degrees of freedom.
 T_2 = 4.302652729911275
@@ -81,6 +82,14 @@ def test_a_run_whose_row_is_kept_is_not_run_again(monkeypatch, tmp_path):
     started.clear()
     assert precision.main([*words, "--loss_seeds=3"]) == 0
     assert started == [(2, dtype, "sft") for dtype in precision.DTYPES]
+
+
+def test_a_recipe_until_fine_tuning_is_one_and_computes_the_same():
+    whole = precision.quickstart(3, "float32", "smoke")
+    short = precision.quickstart(3, "float32", "smoke", "sft")
+    recipe.validate(short)
+    assert short.stages == ("tokenizer", "pretrain", "sft")
+    assert all(short[name] == whole[name] for name in short.stages)
 
 
 def test_a_metric_has_the_seeds_that_measured_it():
