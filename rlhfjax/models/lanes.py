@@ -56,8 +56,9 @@ def decode_lanes(
     position: Int[Array, " l"],
     entry: Int[Array, " l"],
     entries: int,
+    first: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "l d"], LaneCache]:
-    """Runs one token per lane; returns its hidden state and the cache.
+    """Runs a token of each of l lanes from `first` on; returns their hidden states and the cache.
 
     Args:
       entry: where its keys and values are written: its position. For a lane without a token, an
@@ -67,8 +68,9 @@ def decode_lanes(
     k, v = list(cache.k), list(cache.v)
     scoring = kinds.scoring_of(model.config)
     visible = _visible_by_kind(model, position[:, None], entries)
-    write = functools.partial(_write_tokens, entry=entry)
-    read = functools.partial(_read_lanes, entries=entries)
+    write = functools.partial(_write_tokens, entry=entry, first=first)
+    lanes = token.shape[0]
+    read = functools.partial(_read_lanes, first=first, lanes=lanes, entries=entries)
 
     def attend_layer(i, q, new_k, new_v):
         k[i], v[i] = write(k[i], new_k), write(v[i], new_v)
@@ -147,9 +149,13 @@ def _as_stored(cached: Layer, new: Float[Array, "b g t k"]) -> Layer:
 
 
 def _write_tokens(
-    cached: Layer, new: Float[Array, "l g 1 k"], *, entry: Int[Array, " l"]
+    cached: Layer,
+    new: Float[Array, "l g 1 k"],
+    *,
+    entry: Int[Array, " l"],
+    first: Int[Array, ""] | int,
 ) -> Layer:
-    lanes = jnp.arange(entry.shape[0])
+    lanes = first + jnp.arange(entry.shape[0])
 
     def write(old, x):
         return old.at[lanes, :, entry].set(
@@ -173,8 +179,13 @@ def _write_chunk(
     return jax.tree.map(write, cached, _as_stored(cached, new))
 
 
-def _read_lanes(cached: Layer, *, entries: int) -> Layer:
-    return jax.tree.map(lambda x: x[:, :, :entries], cached)
+def _read_lanes(
+    cached: Layer, *, first: Int[Array, ""] | int, lanes: int, entries: int
+) -> Layer:
+    def read(x):
+        return jax.lax.dynamic_slice_in_dim(x, first, lanes)[:, :, :entries]
+
+    return jax.tree.map(read, cached)
 
 
 def _read_lane(cached: Layer, *, lane: Int[Array, ""], entries: int) -> Any:

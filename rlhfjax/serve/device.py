@@ -46,6 +46,9 @@ class Device:
         self._counts = programs.entry_counts(length)
         self._chunk_counts = self._counts[::-2][::-1]
         self._chunks = sorted({max(1, chunk // SHORT), chunk})
+        self._widths = sorted(
+            {1, lanes}
+        )  # lanes of a decode step: the first one alone, or all
         self._alternatives = min(MOST_TOP, model.config.vocab_size)
         shapes = jax.eval_shape(self._empty)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -64,7 +67,9 @@ class Device:
         self._settings = jax.device_put(settings)
 
     def decode(self, step: Step, mask: np.ndarray | None = None) -> jax.Array:
-        """Begins a decode step. Returns packed tokens, one row per lane, that are still computed.
+        """Begins a decode step. Returns packed tokens, a row per lane, that are still computed.
+
+        Where one lane alone has a token, no other is run, and its row is the only one.
 
         Args:
           step: a lane without a token has position 0 and entry `spare`.
@@ -72,6 +77,9 @@ class Device:
         """
         entries = _least(self._counts, int(step.position.max()) + 1)
         given = self._no_mask if mask is None else jax.device_put(mask)
+        used = np.flatnonzero(step.entry != self.spare)
+        if used.size == 1:
+            return self._decode(entries, step, given, slice(used[0], used[0] + 1))
         return self._decode(entries, step, given)
 
     def prefill(self, lane: int, start: int, tokens: Sequence[int]) -> int:
@@ -111,6 +119,7 @@ class Device:
         behind = Place(0, self.length)
         for entries in self._counts:
             self._decode(entries, step, self._no_mask)
+            self._decode(entries, step, self._no_mask, slice(0, 1))
         for entries in self._chunk_counts:
             for size in self._chunks:
                 self._prefill(entries, behind, _padded([], size))
@@ -118,14 +127,17 @@ class Device:
             self._score(entries, behind, padded, padded)
         self.wait()
 
-    def _decode(self, entries: int, step: Step, mask: Any) -> jax.Array:
+    def _decode(
+        self, entries: int, step: Step, mask: Any, lanes: slice = slice(0, None)
+    ) -> jax.Array:
         self._cache, packed = programs.decode(
             self._model,
             entries,
             self._alternatives,
             self._params,
             self._cache,
-            np.stack(step).astype(np.int32),
+            np.stack(step).astype(np.int32)[:, lanes],
+            np.int32(lanes.start),
             self._settings,
             mask,
         )

@@ -208,7 +208,9 @@ class Engine:
             lane.score(unpack(rows), count)
         self._end_prompts()
         if packed is not None:
-            self._collect(decoding, unpack(packed))
+            # The row of a lane that was run alone is the only one.
+            rows = np.broadcast_to(packed, (len(self._lanes), packed.shape[1]))
+            self._collect(decoding, unpack(rows))
         else:
             # Else all chunks of a prompt would be begun at once, before any other request.
             self._device.wait()

@@ -57,16 +57,25 @@ def decode(
     params: Params,
     cache: LaneCache,
     step: Int[Array, "4 l"],
+    first: Int[Array, ""],
     settings: Settings,
-    mask: UInt32[Array, "l w"],
+    mask: UInt32[Array, "n w"],
 ) -> tuple[LaneCache, Int[Array, "l z"]]:
-    """Runs the last token of every lane and draws the next. Returns the cache and packed tokens.
+    """Runs the last token of l lanes and draws the next. Returns the cache and packed tokens.
 
     Args:
-      step: a Step, stacked.
+      step: a Step of these lanes, stacked.
+      first: the first of them.
+      settings, mask: of all n lanes.
     """
     token, position, entry, index = step
-    hidden, cache = decode_lanes(model, params, cache, token, position, entry, entries)
+    lanes = token.shape[0]
+    settings, mask = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, first, lanes), (settings, mask)
+    )
+    hidden, cache = decode_lanes(
+        model, params, cache, token, position, entry, entries, first
+    )
     logits = model.sampling_logits(params, hidden)
     return cache, _pack(draw(logits, index, settings, mask, alternatives))
 

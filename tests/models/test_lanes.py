@@ -135,3 +135,24 @@ def test_an_int8_cache_gives_the_same_whatever_the_chunks():
     exact = np.asarray(whole(*made, rows))[1]
     gap = np.abs(one_by_one - exact).max()
     assert 1e-5 < gap < 0.2
+
+
+@pytest.mark.parametrize("lane", range(LANES))
+def test_a_lane_that_is_run_alone_gives_what_it_gives_among_all(lane):
+    """And the entries of the others stay as they were."""
+    model, params = ready("llama-gqa")
+    rows = tokens(LANES, LENGTH)
+    cache = empty_lanes(model, LANES, ENTRIES)
+    for i in range(LANES):
+        ids = padded(np.asarray(rows)[i, :CHUNK])
+        cache = prefill(model, params, cache, i, ids, 0, LENGTH)[1]
+    step = np.stack([np.asarray(rows)[:, CHUNK], *np.full((2, LANES), CHUNK)])
+    hidden, whole_cache = decode(model, params, cache, *step.astype(np.int32), LENGTH)
+    one = step[:, lane : lane + 1].astype(np.int32)
+    alone, own = decode(model, params, cache, *one, LENGTH, jnp.int32(lane))
+    np.testing.assert_allclose(alone[0], hidden[lane], atol=1e-5)
+    for before, after, among_all in zip(cache.k, own.k, whole_cache.k, strict=True):
+        np.testing.assert_allclose(after[lane], among_all[lane], atol=1e-5)
+        others = np.arange(LANES) != lane
+        np.testing.assert_array_equal(after[others], before[others])
+        assert not np.array_equal(after[lane], before[lane])

@@ -46,13 +46,14 @@ def lowered(name, model):
         wants_top=of_lanes(bool),
     )
     mask = jax.ShapeDtypeStruct((LANES, words(CONFIG.vocab_size)), jnp.uint32)
-    step = of_lanes(jnp.int32, 4)
+    step = jax.ShapeDtypeStruct((4, 1 if name == "decode_one" else LANES), jnp.int32)
+    first = jax.ShapeDtypeStruct((), jnp.int32)
     return programs.decode.lower(
-        model, READ, ALTERNATIVES, model.shapes(), cache, step, settings, mask
+        model, READ, ALTERNATIVES, model.shapes(), cache, step, first, settings, mask
     )
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("name", ["decode", "decode_one", "prefill"])
 @pytest.mark.parametrize(
     "int8_cache", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
