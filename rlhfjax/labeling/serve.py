@@ -63,7 +63,7 @@ def until_complete(
 
 @contextlib.contextmanager
 def _simulated(scorer: Scorer | None, store: Store, url: str) -> Iterator[None]:
-    """Labels with a scorer in a thread of its own, through the server."""
+    """Labels with a scorer in a separate thread, through the server."""
     if scorer is None:
         yield
         return

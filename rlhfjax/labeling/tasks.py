@@ -40,7 +40,7 @@ FLAGS = {
     "denigrates": "Denigrates a protected group",
     "not_an_assistant": "Inappropriate for an assistant",
 }
-"""Flags of a response, as columns of their own; after Ouyang et al. 2022, table 3."""
+"""Flags of a response, each a separate column; after Ouyang et al. 2022, table 3."""
 
 REASONS = {
     "unclear": "The prompt is unclear",

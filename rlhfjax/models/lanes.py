@@ -1,4 +1,4 @@
-"""A key/value cache whose rows, the lanes, have lengths of their own, and what runs over it.
+"""A key/value cache whose rows, the lanes, each have their own length, and what runs over it.
 
 Entry e of a lane holds the token at position e, in every layer. So a lane's first n entries are
 those of its first n tokens, whatever was written after them, and another response can begin behind

@@ -1,4 +1,4 @@
-"""From logits to tokens for lanes with settings of their own, which are arrays.
+"""From logits to tokens for lanes that each have their own settings, which are arrays.
 
 A token is the one that `choose` takes with the same settings and the same uniform number. What no
 lane asks for is not computed.

@@ -174,7 +174,8 @@ class _Maker:
         """Returns the tokens that a response may have: at most those that there is room for."""
         length = self._served.length
         room = length - prompt
-        if room < (self._asked != 0):
+        needed = 0 if self._asked == 0 else 1
+        if room < needed:
             message = (
                 f"this model has room for {length} tokens of prompt and response together; "
                 f"the prompt has {prompt}"

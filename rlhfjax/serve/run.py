@@ -56,7 +56,7 @@ class Run:
         self._timer = self._loop.call_later(seconds, self._queue.put_nowait, late)
 
     def _submit(self) -> None:
-        """Submits requests, so many that others have room in the queue too.
+        """Submits requests, at most MOST_AT_ONCE, which leaves room in the queue for others.
 
         Those of a long list that find no room wait for an earlier one of this list.
         """

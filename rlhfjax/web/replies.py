@@ -46,6 +46,6 @@ def content(package: str, name: str) -> bytes:
 
 def page(package: str, name: str) -> Response:
     """Returns a reply with a file of a package; browsers ask for it anew each time."""
-    kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
     headers = {"Cache-Control": "no-cache"}
-    return Response(content(package, name), media_type=kind, headers=headers)
+    return Response(content(package, name), media_type=media_type, headers=headers)

@@ -52,7 +52,7 @@ class Server:
             self._socket.close()
 
     def start(self) -> None:
-        """Serves in a thread of its own; returns when requests are answered."""
+        """Serves in a separate thread; returns when requests are answered."""
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
         )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax import paths, recipe
+from rlhfjax import json_text, paths, recipe
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.labeling import filler, queue
@@ -58,6 +58,32 @@ def test_a_program_ranks_what_collect_wrote_and_reward_reads_it(finished, tmp_pa
     assert (
         recipe.run(config, tmp_path / "label") == metrics
     )  # finished: nothing is served
+
+
+@pytest.mark.slow
+def test_labels_become_a_reward_model_and_that_a_policy(finished, tmp_path):
+    """The loop with people, of a few labels: collect, label, reward, PPO."""
+    labels = values(
+        answers=(str(finished / "03_collect" / "preferences"),),
+        simulated="gold:sentiment",
+        count=12,
+        validation=0.3,
+    )
+    recipe.run(labels, tmp_path / "label")
+    config = json_text.read(finished / "config.json", json_text.Object)
+    preferences = (str(tmp_path / "label" / "preferences"),)
+    sft = str(finished / "02_sft")
+    changes = {
+        "init_from": sft,
+        "preferences": preferences,
+        "steps": 2,
+        "eval_every": 2,
+    }
+    reward = recipe.run(config["reward"] | changes, tmp_path / "reward")
+    assert 0 <= reward["reward/accuracy"] <= 1 and reward["reward/grad_norm"] > 0
+    changes = {"init_from": sft, "reward": str(tmp_path / "reward"), "steps": 1}
+    ppo = recipe.run(config["ppo"] | changes, tmp_path / "ppo")
+    assert ppo["ppo/grad_norm"] > 0 and np.isfinite(ppo["ppo/score"])
 
 
 def read_all(folder, split):

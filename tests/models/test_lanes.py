@@ -1,5 +1,5 @@
-"""Lanes with lengths of their own against whole rows at once: every family, any order of chunks and
-decode steps, few entries read, quantized caches.
+"""Lanes, each with its own length, against whole rows at once: every family, any order of chunks
+and decode steps, few entries read, quantized caches.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tokens of lanes with settings of their own against `choose`, lane by lane."""
+"""Tokens of lanes that each have their own settings, against `choose`, lane by lane."""
 
 import jax
 import jax.numpy as jnp

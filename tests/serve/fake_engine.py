@@ -1,4 +1,4 @@
-"""An engine without a model: it emits what a function says, from threads of its own."""
+"""An engine without a model: it emits what a function says, from separate threads."""
 
 import threading
 import time

@@ -74,7 +74,7 @@ def test_a_schema_reaches_the_engine(served, serve, words):
     for choice in reply.choices:
         assert json_text.parse(choice.message.content)["tall"] in (True, False)
     texts = [c.message.content for c in reply.choices]
-    assert texts[0] == texts[1]  # each has a constraint of its own
+    assert texts[0] == texts[1]  # each has its own constraint
 
 
 def test_a_choice_for_plain_completions(served, serve, words):

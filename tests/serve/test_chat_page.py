@@ -49,7 +49,7 @@ def open_page(browser):
     yield go
     for page, problems in opened:
         page.context.close()
-        # The console has a line of its own for each reply with an error.
+        # The console has a line for each reply with an error.
         refused = re.compile("status of 40[01]")
         assert [text for text in problems if not refused.search(text)] == []
 
