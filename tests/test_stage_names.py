@@ -27,9 +27,10 @@ OTHER_MEANINGS = {
 
 def named(path: Path, known: set[str]) -> set[str]:
     """Returns the stages that a Python file or a template names: in strings that are such a name,
-    and by importing their modules."""
+    and by importing their modules. A class of a style sheet is no such name."""
     if path.suffix == ".html":
-        return known & set(re.findall(r"""["'](\w+)["']""", path.read_text()))
+        text = re.sub(r'class="[^"]*"', "", path.read_text())
+        return known & set(re.findall(r"""["'](\w+)["']""", text))
     words = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Constant):
@@ -84,6 +85,12 @@ def test_it_names_no_stage(part):
 def test_every_way_to_name_a_stage_is_seen(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert named(tmp_path / name, {"ppo", "sft"}) == {"ppo"}
+
+
+def test_a_class_of_a_style_sheet_is_no_name(tmp_path):
+    text = """<td class="sft ppo">{{ run["sft"] }}</td>"""
+    (tmp_path / "a.html").write_text(text)
+    assert named(tmp_path / "a.html", {"ppo", "sft"}) == {"sft"}
 
 
 def test_prose_is_no_name(tmp_path):
