@@ -204,21 +204,21 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
         (
             f"{len(drawn)} prompts, geometric lengths (drawn: mean {drawn.mean():.0f}, longest "
             f"{drawn.max():.0f})",
-            f"in batches of {TAIL['slots']}, {useful:.0%} of the slots' steps are of use",
+            f"in batches of {TAIL['decode_batch']}, {useful:.0%} of the lanes' steps are of use",
         ),
         (
-            f"... static, batches of {TAIL['slots']}",
+            f"... static, batches of {TAIL['decode_batch']}",
             f"{drawn.sum() / t['static']:,.0f} new tokens/s",
         ),
         ("... static, all at once", f"{drawn.sum() / t['at once']:,.0f} new tokens/s"),
         (
-            f"... continuous, {TAIL['slots']} slots",
+            f"... continuous, {TAIL['decode_batch']} lanes",
             f"{drawn.sum() / t['continuous']:,.0f} new tokens/s, "
             f"{t['static'] / t['continuous']:.2f} x static",
         ),
         (
-            f"{SHARED['prompts']} prompts of {SHARED['prompt']}, {SHARED['each']} answers of {NEW} "
-            "each",
+            f"{SHARED['prompts']} prompts of {SHARED['prompt']}, "
+            f"{SHARED['samples_per_prompt']} responses of {NEW} each",
             f"prompts repeated {t['repeated']:.2f} s, shared {t['shared']:.2f} s: "
             f"{t['repeated'] / t['shared']:.2f} x",
         ),

@@ -191,13 +191,12 @@ DEFECTS = [
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
-    # 5: ... with continuous batching: a slot's position runs on from the row that it answered
-    # before
+    # 5: ... with continuous batching: a lane's position is that of another row
     d(
         5,
         "sampling/continuous.py",
-        'position = lengths.at[s.row].get(mode="clip") + s.step - 1',
-        'position = lengths.at[s.row].get(mode="clip") + s.decode_steps',
+        "position = jnp.minimum(lengths[prompt] + s.step, entries) - 1",
+        "position = jnp.minimum(lengths[0] + s.step, entries) - 1",
         "sampling/test_continuous.py::test_pitfall_05_continuous_logprobs_are_teacher_forced",
     ),
     # 6: text encoded anew: by the loader, by collection, before the reward

@@ -29,19 +29,12 @@ class Cache(NamedTuple):
         kept = jax.tree.leaves(self.k[layer])[0].shape[2]
         return kept < self.valid.shape[1]
 
-    def place(
-        self, layer: int, entry: Int[Array, ""], count: Int[Array, ""]
-    ) -> Int[Array, ""]:
-        """Returns where a layer keeps the next entry.
-
-        Args:
-          entry: its place in layers that keep all.
-          count: how many entries came before.
-        """
+    def place(self, layer: int, entry: Int[Array, ""]) -> Int[Array, ""]:
+        """Returns where a layer keeps an entry."""
         if not self.is_window(layer):
             return entry
         assert self.window_valid is not None
-        return count % self.window_valid.shape[1]
+        return entry % self.window_valid.shape[1]
 
     def valid_of(self, layer: int) -> Bool[Array, "b s"]:
         """Returns which entries of a layer hold a real token."""
@@ -50,18 +43,13 @@ class Cache(NamedTuple):
         assert self.window_valid is not None
         return self.window_valid
 
-    def mark(
-        self,
-        new: Bool[Array, "b t"],
-        entry: int | Int[Array, ""],
-        count: int | Int[Array, ""],
-    ) -> "Cache":
-        """Returns the cache with `new` written to the valid entries, by `place`'s arguments."""
+    def mark(self, new: Bool[Array, "b t"], entry: int | Int[Array, ""]) -> "Cache":
+        """Returns the cache with `new` written to the valid entries, from `entry` on."""
         valid = _write(self.valid, new, entry, 1)
         if self.window_valid is None:
             return self._replace(valid=valid)
         window = self.window_valid.shape[1]
-        windowed = _write(self.window_valid, new, count % window, 1)
+        windowed = _write(self.window_valid, new, entry % window, 1)
         return self._replace(valid=valid, window_valid=windowed)
 
 
@@ -74,20 +62,27 @@ def empty_cache(
     """Returns a cache without valid entries, of `length` entries per row."""
     window = length if config.window is None else min(config.window, length)
 
-    def empty_layer(i: int) -> CachedLayer:
+    def layer(i: int) -> CachedLayer:
         entries = window if config.kind(i) == "window" else length
-        shape = (batch, config.kv_heads, entries, config.head_dim)
-        if int8:
-            scale = jnp.zeros(shape[:3], jnp.float32)
-            return Quantized(values=jnp.zeros(shape, jnp.int8), scale=scale)
-        return jnp.zeros(shape, config.activation_dtype)
+        return empty_layer(config, batch, entries, int8)
 
-    k = tuple(empty_layer(i) for i in range(config.n_layers))
-    v = tuple(empty_layer(i) for i in range(config.n_layers))
+    k = tuple(layer(i) for i in range(config.n_layers))
+    v = tuple(layer(i) for i in range(config.n_layers))
     valid = jnp.zeros((batch, length), bool)
     if window == length:
         return Cache(k, v, valid)
     return Cache(k, v, valid, jnp.zeros((batch, window), bool))
+
+
+def empty_layer(
+    config: TransformerConfig, batch: int, entries: int, int8: bool
+) -> CachedLayer:
+    """Returns zeros for the keys or values of a layer."""
+    shape = (batch, config.kv_heads, entries, config.head_dim)
+    if int8:
+        scale = jnp.zeros(shape[:3], jnp.float32)
+        return Quantized(values=jnp.zeros(shape, jnp.int8), scale=scale)
+    return jnp.zeros(shape, config.activation_dtype)
 
 
 def grown(cache: Cache, length: int) -> Cache:

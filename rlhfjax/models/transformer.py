@@ -374,7 +374,7 @@ class Model:
                 return causal(q, new_k, new_v, attention_mask)
 
             x = self._apply_block(params, i, x, rope, attend)
-        cache = cache.mark(attention_mask > 0, 0, 0)
+        cache = cache.mark(attention_mask > 0, 0)
         cache = cache._replace(k=tuple(k), v=tuple(v))
         return self._norm(params, x[:, -1:])[:, 0], cache
 
@@ -385,22 +385,20 @@ class Model:
         position: Int[Array, " b"],
         entry: Int[Array, ""],
         cache: Cache,
-        count: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b d"], Cache]:
         """Runs one token per row; returns its hidden state and the cache.
 
         Args:
           position: of the token in its row's document.
           entry: the cache entry that its keys and values are written to, the same for all rows.
-          count: how many entries were written before; None: `entry`, that is, it never wraps.
         """
         x = self._embed(params, token[:, None], position[:, None], None)
-        c, count = self.config, entry if count is None else count
+        c = self.config
         ropes, scoring = kinds.ropes_of(c, position[:, None]), kinds.scoring_of(c)
-        cache = cache.mark(jnp.ones((token.shape[0], 1), bool), entry, count)
+        cache = cache.mark(jnp.ones((token.shape[0], 1), bool), entry)
         k, v = list(cache.k), list(cache.v)
         for i in range(c.n_layers):
-            place, valid = cache.place(i, entry, count), cache.valid_of(i)
+            place, valid = cache.place(i, entry), cache.valid_of(i)
 
             def attend(q, new_k, new_v, i=i, place=place, valid=valid):
                 k[i], v[i] = write(k[i], new_k, place), write(v[i], new_v, place)

@@ -4,14 +4,11 @@ Static batching decodes every row until the longest one ends. Here shapes are ju
 lane is free as soon as its response ends, so that a batch costs about the mean length of its
 responses, not their maximum.
 
-A lane's KV cache is a ring of p + r - 1 places. All lanes write the keys and values of their token
-to the same place, one place further at every step, as a static batch does. The prompt of a refilled
-lane goes into the p places behind the current one; its response fills the other places, and no
-more, before the ring comes round. Keys carry their positions (rope) already, so attention only
-needs to know which places are valid, not their order.
+A decode step is that of the server (`models.lanes`): every lane has its own position, and the first
+entries of its cache are those of its row, whatever the lanes beside it do. A prompt is prefilled as
+in a static batch, and moved into its lane without its padding.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.algos.shaping import is_any
-from rlhfjax.models.transformer import Cache, Model
+from rlhfjax.models.lanes import LaneCache, decode_lanes, empty_lanes, fill_lanes
+from rlhfjax.models.transformer import Model
 from rlhfjax.sampling.choose import also_seen, choose, none_seen, seen_in
 from rlhfjax.sampling.config import Sampling, end_ids
 from rlhfjax.sampling.samples import Samples
@@ -28,12 +26,11 @@ from rlhfjax.sampling.samples import Samples
 class _State(NamedTuple):
     """The state of the decoding loop: `k` lanes for `n` rows of at most `r` tokens."""
 
-    decode_steps: Int[Array, ""]  # decode steps so far
     next_row: Int[Array, ""]  # the first row that no lane has taken yet
     row: Int[Array, " k"]  # the row that each lane decodes; n if the lane is free
     step: Int[Array, " k"]  # tokens drawn so far for that row
     token: Int[Array, " k"]  # the last of these tokens
-    cache: Cache
+    cache: LaneCache
     samples: Samples  # [n, r]
     seen: Bool[Array, "k v"] | None  # ids of each lane's row; None without penalty
 
@@ -53,11 +50,11 @@ def continuous(
     """
     (b, p), (r, n) = tokens.shape, u.shape
     samples_per_prompt = sampling.samples_per_prompt
-    ring, vocab_size = p + r - 1, model.config.vocab_size
+    # The last token drawn never goes through the model, so the cache has no entry for it.
+    entries, vocab_size = p + r - 1, model.config.vocab_size
     group = refill_size(sampling.decode_batch, samples_per_prompt)
     params = model.for_decoding(params, sampling.decode_batch)
     lengths = (attention_mask > 0).sum(1, dtype=jnp.int32)
-    lengths = jnp.repeat(lengths, samples_per_prompt)
 
     ends = end_ids(sampling)
 
@@ -84,18 +81,20 @@ def continuous(
         lanes = jnp.nonzero(s.row == n, size=group)[0]
         rows = s.next_row + jnp.arange(group)
         prompts = jnp.minimum(rows[::samples_per_prompt] // samples_per_prompt, b - 1)
-        cache = model.init_cache(group // samples_per_prompt, ring)
+        cache = model.init_cache(group // samples_per_prompt, p)
         group_tokens, group_mask = tokens[prompts], attention_mask[prompts]
         hidden, cache = model.prefill(params, group_tokens, group_mask, cache)
         seen = seen_in(sampling, group_tokens, group_mask, vocab_size)
-        hidden, cache, seen = repeat((hidden, cache, seen), samples_per_prompt)
+        padding = p - lengths[prompts]
+        prefilled = hidden, cache, seen, padding
+        hidden, cache, seen, padding = repeat(prefilled, samples_per_prompt)
         first = jnp.zeros_like(rows)
         token, rows, samples, seen = draw(hidden, rows, first, s.samples, seen)
         if s.seen is not None:
             seen = s.seen.at[lanes].set(seen)
         # Rows past the last one leave their lanes free.
         rows = jnp.where(rows < n, rows, n)
-        cache = _write_lanes(s.cache, cache, lanes, s.decode_steps)
+        cache = fill_lanes(s.cache, cache, lanes, padding)
         step = jnp.ones_like(rows)
         return s._replace(
             row=s.row.at[lanes].set(rows),
@@ -109,14 +108,14 @@ def continuous(
 
     def decode(s: _State) -> _State:
         """Runs one decode step: each lane takes its last token in and draws the next one."""
-        position = lengths.at[s.row].get(mode="clip") + s.step - 1
-        count = p + s.decode_steps
-        hidden, cache = model.decode(
-            params, s.token, position, count % ring, s.cache, count
+        prompt = jnp.minimum(s.row // samples_per_prompt, b - 1)
+        # What a free lane writes is not read.
+        position = jnp.minimum(lengths[prompt] + s.step, entries) - 1
+        hidden, cache = decode_lanes(
+            model, params, s.cache, s.token, position, position, entries
         )
         token, row, samples, seen = draw(hidden, s.row, s.step, s.samples, s.seen)
         return _State(
-            decode_steps=s.decode_steps + 1,
             next_row=s.next_row,
             row=row,
             step=s.step + 1,
@@ -133,15 +132,13 @@ def continuous(
         )
 
     free = jnp.full(sampling.decode_batch, n)
-    zero = jnp.zeros((), jnp.int32)
     samples = Samples.empty(n, r, sampling.pad_id)
     start = _State(
-        decode_steps=zero,
-        next_row=zero,
+        next_row=jnp.zeros((), jnp.int32),
         row=free,
         step=jnp.zeros_like(free),
         token=jnp.zeros_like(free),
-        cache=model.init_cache(sampling.decode_batch, ring),
+        cache=empty_lanes(model, sampling.decode_batch, entries, begins_again=False),
         samples=samples,
         seen=none_seen(sampling, sampling.decode_batch, vocab_size),
     )
@@ -164,24 +161,3 @@ def repeat(tree: Any, samples_per_prompt: int) -> Any:
     if samples_per_prompt == 1:
         return tree
     return jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), tree)
-
-
-def _write_lanes(
-    cache: Cache, new: Cache, lanes: Int[Array, " m"], shift: Int[Array, ""]
-) -> Cache:
-    """Returns the cache with the rings of some lanes replaced by new ones, shifted.
-
-    The ring of a window layer is shorter than the others.
-    """
-
-    def write(axis, old, new):
-        new = jnp.roll(new, shift % new.shape[axis], axis)
-        return old.at[lanes].set(new, unique_indices=True)
-
-    k, v = jax.tree.map(functools.partial(write, 2), (cache.k, cache.v), (new.k, new.v))
-    valid, window_valid = jax.tree.map(
-        functools.partial(write, 1),
-        (cache.valid, cache.window_valid),
-        (new.valid, new.window_valid),
-    )
-    return Cache(k, v, valid, window_valid)

@@ -45,10 +45,8 @@ class Device:
         self.spare = self._entries - 1
         self._counts = programs.entry_counts(length)
         self._chunk_counts = self._counts[::-2][::-1]
-        self._chunks = sorted({max(1, chunk // SHORT), chunk})
-        self._widths = sorted(
-            {1, lanes}
-        )  # lanes of a decode step: the first one alone, or all
+        self.short_chunk = max(1, chunk // SHORT)
+        self._chunks = sorted({self.short_chunk, chunk})
         self._alternatives = min(MOST_TOP, model.config.vocab_size)
         shapes = jax.eval_shape(self._empty)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -94,6 +92,11 @@ class Device:
         self._prefill(entries, Place(lane, start), padded)
         return count
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Begins to copy the first `count` entries of one lane to another."""
+        entries = _least(self._chunk_counts, count)
+        self._copy(entries, source, target)
+
     def score(
         self, lane: int, start: int, tokens: Sequence[int]
     ) -> tuple[int, jax.Array]:
@@ -121,6 +124,7 @@ class Device:
             self._decode(entries, step, self._no_mask)
             self._decode(entries, step, self._no_mask, slice(0, 1))
         for entries in self._chunk_counts:
+            self._copy(entries, 0, 0)
             for size in self._chunks:
                 self._prefill(entries, behind, _padded([], size))
             padded = _padded([], self._chunks[-1])
@@ -142,6 +146,10 @@ class Device:
             mask,
         )
         return packed
+
+    def _copy(self, entries: int, source: int, target: int) -> None:
+        lanes = np.array([source, target], np.int32)
+        self._cache = programs.copy(entries, self._cache, lanes)
 
     def _prefill(self, entries: int, place: Place, tokens: np.ndarray) -> None:
         where = np.array(place, np.int32)
@@ -170,7 +178,7 @@ class Device:
         return size, min(size, rest)
 
     def _empty(self) -> LaneCache:
-        return empty_lanes(self._model, self.lanes, self._entries)
+        return empty_lanes(self._model, self.lanes, self._entries, begins_again=True)
 
 
 def _validate_sizes(model: Model, lanes: int, length: int, chunk: int) -> None:

@@ -23,7 +23,7 @@ from rlhfjax.models.lora import Params
 from rlhfjax.models.transformer import Model
 from rlhfjax.sampling.lanes import Drawn, Settings, words
 from rlhfjax.serve.device import EVERY_ID, Device
-from rlhfjax.serve.jobs import Lane, Ticket, best_lane, packed_mask
+from rlhfjax.serve.jobs import Lane, Ticket, best_lane, best_source, packed_mask
 from rlhfjax.serve.programs import Step, unpack
 from rlhfjax.serve.requests import (
     Closed,
@@ -248,9 +248,27 @@ class Engine:
         Returns the packed log-probabilities of its tokens and their number, if they are asked for.
         """
         waiting = [lane for lane in self._lanes if lane.is_prefilling]
-        if not waiting:
-            return None
-        lane = min(waiting, key=lambda lane: lane.taken)
+        for lane in sorted(waiting, key=lambda lane: lane.taken):
+            self._share(lane)
+            if lane.is_prefilling:
+                return self._begin_chunk_of(lane)
+        return None
+
+    def _share(self, lane: Lane) -> None:
+        """Copies what another lane has of a prompt, if it is more and worth a copy.
+
+        So the choices of one request, and requests with one system prompt, run it once.
+        """
+        if lane.request.prompt_logprobs:
+            return
+        source, count = best_source(self._lanes, lane)
+        if count - lane.cached < self._device.short_chunk:
+            return
+        self._device.copy(source.index, lane.index, count)
+        self._reused_tokens += count - lane.cached
+        lane.cached = count
+
+    def _begin_chunk_of(self, lane: Lane) -> tuple[Lane, int, jax.Array] | None:
         place = lane.index, lane.cached
         if not lane.request.prompt_logprobs:
             lane.cached += self._device.prefill(*place, lane.rest[:-1])

@@ -135,6 +135,12 @@ def best_lane(free: Sequence[Lane], prompt: Sequence[int]) -> Lane:
     return max(free, key=lambda lane: (lane.common(prompt), -lane.taken))
 
 
+def best_source(lanes: Sequence[Lane], lane: Lane) -> tuple[Lane, int]:
+    """Returns the lane that has most of another's prompt in the cache, and how much it has."""
+    source = max(lanes, key=lambda other: other.common(lane.tokens))
+    return source, source.common(lane.tokens)
+
+
 def token_of(drawn: Drawn, row: int, alternatives: int) -> Token:
     """Returns a token of what was drawn."""
     ids = drawn.top[row, :alternatives].tolist()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from rlhfjax.models.lanes import LaneCache, decode_lanes, prefill_lane
+from rlhfjax.models.lanes import LaneCache, copy_lane, decode_lanes, prefill_lane
 from rlhfjax.models.lora import Params
 from rlhfjax.models.transformer import Model
 from rlhfjax.sampling.lanes import Drawn, Settings, draw, look_up
@@ -96,6 +96,12 @@ def prefill(
     """
     lane, start = place
     return prefill_lane(model, params, cache, lane, tokens, start, entries)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def copy(entries: int, cache: LaneCache, lanes: Int[Array, " 2"]) -> LaneCache:
+    """Copies the first entries of lanes[0] to lanes[1]. Returns the cache."""
+    return copy_lane(cache, lanes[0], lanes[1], entries)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

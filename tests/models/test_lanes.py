@@ -61,7 +61,7 @@ def test_any_order_of_chunks_and_steps_gives_the_hidden_states_of_the_whole_row(
     rows = tokens(LANES, LENGTH)
     expected = np.asarray(whole(model, params, rows))
     rng = np.random.default_rng(4)
-    cache = empty_lanes(model, LANES, ENTRIES)
+    cache = empty_lanes(model, LANES, ENTRIES, begins_again=True)
     lengths = np.zeros(LANES, int)
     while lengths.min() < LENGTH:
         # A chunk of one lane, padded with other tokens, then a step of all lanes that are longer.
@@ -88,7 +88,7 @@ def test_a_lane_begins_again_behind_any_of_its_tokens():
     rows = tokens(2, LENGTH)
     other = rows.at[1, :9].set(rows[0, :9])
     expected = np.asarray(whole(model, params, other))[1]
-    cache = empty_lanes(model, LANES, ENTRIES)
+    cache = empty_lanes(model, LANES, ENTRIES, begins_again=True)
     for row, start in ((0, 0), (1, 9)):
         ids = np.asarray(other)[row]
         for at in range(start, LENGTH, CHUNK):
@@ -104,7 +104,7 @@ def test_a_lane_begins_again_behind_any_of_its_tokens():
 def test_positions_are_each_lanes_own_and_few_entries_are_read():
     made = ready("llama-gqa")
     rows = tokens(LANES, LENGTH)
-    cache = empty_lanes(made[0], LANES, ENTRIES)
+    cache = empty_lanes(made[0], LANES, ENTRIES, begins_again=True)
     lengths = np.zeros(LANES, int)
     hidden, cache = decoded(made, cache, rows, lengths, 5)
     # Entries behind those that are read do not matter, whatever they are.
@@ -118,12 +118,12 @@ def test_an_int8_cache_gives_the_same_whatever_the_chunks():
     # Tokens see quantized entries in chunks as in decode steps, their own included.
     made = model, _ = ready("llama-gqa", int8_cache=True)
     rows = tokens(LANES, LENGTH)
-    cache = empty_lanes(model, LANES, ENTRIES)
+    cache = empty_lanes(model, LANES, ENTRIES, begins_again=True)
     one_by_one = []
     for length in range(LENGTH):
         hidden, cache = decoded(made, cache, rows, np.full(LANES, length))
         one_by_one.append(np.asarray(hidden[1]))
-    again = empty_lanes(model, LANES, ENTRIES)
+    again = empty_lanes(model, LANES, ENTRIES, begins_again=True)
     chunks = []
     for at in range(0, LENGTH, CHUNK):
         ids = np.asarray(rows)[1, at : at + CHUNK]
@@ -142,7 +142,7 @@ def test_a_lane_that_is_run_alone_gives_what_it_gives_among_all(lane):
     """And the entries of the others stay as they were."""
     model, params = ready("llama-gqa")
     rows = tokens(LANES, LENGTH)
-    cache = empty_lanes(model, LANES, ENTRIES)
+    cache = empty_lanes(model, LANES, ENTRIES, begins_again=True)
     for i in range(LANES):
         ids = padded(np.asarray(rows)[i, :CHUNK])
         cache = prefill(model, params, cache, i, ids, 0, LENGTH)[1]

@@ -15,6 +15,7 @@ import pytest
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model
+from rlhfjax.models.lanes import decode_lanes
 from rlhfjax.sampling import Samples, generate
 from rlhfjax.sampling.continuous import refill_size
 from tests.models.families import CONFIGS, FAMILIES, random_params
@@ -97,6 +98,15 @@ def test_continuous_is_static(family):
     assert_same(
         run(model, params, *rows, drawn, eos_id=eos, decode_batch=3), expected, sure
     )
+
+
+def test_with_an_int8_cache_too(gpt2):
+    model, params = dataclasses.replace(gpt2[0], int8_cache=True), gpt2[1]
+    rows, drawn = left_padded(LENGTHS), keys(len(LENGTHS))
+    expected = run(model, params, *rows, drawn, temperature=0.0)
+    got = run(model, params, *rows, drawn, temperature=0.0, decode_batch=3)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
 
 
 def test_pitfall_05_continuous_logprobs_are_teacher_forced(gpt2):
@@ -184,13 +194,13 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
     """
     model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
     rows = left_padded((1, 5, 5, 5, 5, 5))
-    calls, decode = [], Model.decode
+    calls, decode = [], decode_lanes
 
-    def counted(self, params, token, position, slot, cache, count):
-        jax.debug.callback(lambda s: calls.append(int(s)), slot)
-        return decode(self, params, token, position, slot, cache, count)
+    def counted(*given):
+        jax.debug.callback(lambda x: calls.append(x), given[3])
+        return decode(*given)
 
-    monkeypatch.setattr(Model, "decode", counted)
+    monkeypatch.setattr("rlhfjax.sampling.continuous.decode_lanes", counted)
     settings = sampling(temperature=0.0, decode_batch=2)
     samples = jax.jit(lambda *x: generate(model, *x, settings))(params, *rows, keys(6))
     jax.block_until_ready(samples)

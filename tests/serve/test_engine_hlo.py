@@ -32,7 +32,9 @@ def of_lanes(dtype, *shape):
 
 
 def lowered(name, model):
-    cache = jax.eval_shape(lambda: empty_lanes(model, LANES, ENTRIES))
+    cache = jax.eval_shape(
+        lambda: empty_lanes(model, LANES, ENTRIES, begins_again=True)
+    )
     if name == "prefill":
         place = jax.ShapeDtypeStruct((2,), jnp.int32)
         tokens = jax.ShapeDtypeStruct((CHUNK,), jnp.int32)

@@ -184,6 +184,41 @@ def test_a_conversation_goes_on_in_the_lane_that_has_its_earlier_turns(made):
         assert engine.stats().prompt_tokens == 10 + 10 + 10 + 16 + 10 + 3 + 10
 
 
+def test_the_choices_of_a_request_run_its_prompt_once(made, monkeypatch):
+    run, prefill = [], programs.prefill
+
+    def counted(*arguments):
+        run.append(arguments[-1].size)
+        return prefill(*arguments)
+
+    monkeypatch.setattr(programs, "prefill", counted)
+    with engine_of(made) as engine:
+        prompt = list(range(2, 19))
+        wanted = [request(prompt, 8), request(prompt, 8), request([*prompt, 5], 8)]
+        gate, received = Gate(), [Received() for _ in wanted]
+        engine.submit(request([4], 1), gate)
+        assert gate.reached.wait(PATIENCE)
+        for one, emit in zip(wanted, received, strict=True):
+            engine.submit(one, emit)
+        gate.open.set()
+        for one, emit in zip(wanted, received, strict=True):
+            emit.wait()
+            assert emit.tokens == expected(made, one)
+        # 16 tokens by the first one, and the 17th by its first step.
+        assert run == [4, 4, 4, 4]
+        assert engine.stats().reused_tokens == 16 + 17
+
+
+def test_a_copied_prompt_is_no_longer_that_of_its_source(made):
+    """Source and copy go on with different tokens."""
+    with engine_of(made, lanes=2) as engine:
+        prompt = list(range(2, 12))
+        first = served(engine, request(prompt, 6))[0]
+        both = [request([*prompt, 50], 8), request([*prompt, *first.tokens, 7], 8)]
+        for one, got in zip(both, served(engine, *both), strict=True):
+            assert got.tokens == expected(made, one)
+
+
 def test_a_long_prompt_stops_the_others_for_one_chunk_per_token(made, monkeypatch):
     order = []
     for name in ("decode", "prefill"):
