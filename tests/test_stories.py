@@ -8,7 +8,12 @@ import pytest
 
 from rlhfjax import json_text
 from rlhfjax.data import sources
-from rlhfjax.data.stories import PromptedStories, Stories
+from rlhfjax.data.stories import (
+    ForumStories,
+    PromptedStories,
+    Stories,
+    StoryDocuments,
+)
 from rlhfjax.rewards.gold import SCORERS
 from rlhfjax.stories import draw, world
 from rlhfjax.stories.world import Event, Request, Wish
@@ -122,17 +127,23 @@ def test_a_prompt_after_examples_ends_with_the_prompt_without_them():
     assert first(Stories, "train", 1) != first(Stories, "test", 1)
 
 
-def test_the_builders_are_read_by_name():
+def test_the_builders_are_read_by_name(monkeypatch, tmp_path):
     kinds = {
-        "stories": ("messages", 1000),
-        "stories_prompted": ("messages", 1000),
-        "stories_forum": ("messages", 500),
-        "stories_documents": ("text", 500),
+        Stories: "messages",
+        PromptedStories: "messages",
+        ForumStories: "messages",
+        StoryDocuments: "text",
     }
-    for name, (kind, rows) in kinds.items():
-        source = sources.open_source(f"tfds:{name}", split="test")
-        assert (source.kind, len(source)) == (kind, rows)
-    forum = sources.open_source("tfds:stories_forum", split="test")
+    for builder, kind in kinds.items():
+        sizes = {"train": 2, "validation": 1, "test": 20}
+        monkeypatch.setattr(builder, "SIZES", sizes)
+        source = sources.open_source(
+            f"tfds:{builder.name}", split="test", data_dir=str(tmp_path)
+        )
+        assert (source.kind, len(source)) == (kind, 20)
+    forum = sources.open_source(
+        "tfds:stories_forum", split="test", data_dir=str(tmp_path)
+    )
     turns = {len(forum[i]["messages"]) for i in range(20)}
     assert turns == {2, 4, 6}
 
