@@ -85,6 +85,7 @@ class CommonFields(_Fields):
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_room: Annotated[int, Field(ge=1)] = 1  # ours: a prompt must leave as many
     temperature: Annotated[float, Field(ge=0, le=1e4)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1, 0: off

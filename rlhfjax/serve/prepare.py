@@ -174,12 +174,15 @@ class _Maker:
         """Returns the tokens that a response may have: at most those that there is room for."""
         length = self._served.length
         room = length - prompt
-        needed = 0 if self._asked == 0 else 1
+        needed = self._fields.min_room
+        needed = needed if self._asked is None else min(needed, self._asked)
         if room < needed:
             message = (
                 f"this model has room for {length} tokens of prompt and response together; "
                 f"the prompt has {prompt}"
             )
+            if needed > 1:
+                message += f", and min_room={needed} of the response must fit"
             raise Refused(400, message, code="context_length_exceeded")
         limits = [room, self._asked, self._served.most_tokens]
         return min(limit for limit in limits if limit is not None)

@@ -132,6 +132,13 @@ def test_a_long_response_is_cut_to_the_room_and_to_the_limit(served, serve):
     model = served(length=24)
     ask(serve(model), [9] * 20, max_tokens=100)
     assert model.engine.requests[0].max_tokens == 4
+    ask(serve(model), [9] * 20, max_tokens=100, extra_body={"min_room": 4})
+    ask(serve(model), [9] * 20, max_tokens=3, extra_body={"min_room": 5})
+    with pytest.raises(
+        openai.BadRequestError, match="prompt has 20, and min_room=5"
+    ) as e:
+        ask(serve(model), [9] * 20, extra_body={"min_room": 5})
+    assert e.value.code == "context_length_exceeded"
     limited = served(most_tokens=3)
     ask(serve(limited), [9] * 20, max_tokens=100)
     assert limited.engine.requests[0].max_tokens == 3

@@ -116,9 +116,12 @@ def test_a_conversation_that_is_too_long_goes_on_without_its_oldest_turns(
     for text in texts:
         say(page, text)
     turns = asked(words, model)
-    assert turns[:2] == [("system", "a"), ("user", texts[1])]  # not the first pair
-    assert turns[-1] == ("user", texts[3]) and len(turns) == 6
-    note = page.get_by_text("the oldest 2 messages were left out")
+    assert turns[:2] == [("system", "a"), ("user", texts[2])]  # not the first pairs
+    assert turns[-1] == ("user", texts[3]) and len(turns) == 4
+    # A quarter of the length is left for a response; one more pair would leave less.
+    prompts = [len(request.tokens) for request in model.engine.requests]
+    assert prompts[-1] <= 64 - 16 < prompts[-1] + (prompts[1] - prompts[0])
+    note = page.get_by_text("the oldest 4 messages were left out")
     assert note.is_visible() and len(bubbles(page)) == 8
     say(page, "the cat ran under it " * 9)  # too long by itself
     assert page.get_by_text("this model has room for 64 tokens").is_visible()

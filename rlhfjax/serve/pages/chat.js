@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
 const KEPT = [...NUMBERS, "system", "stop_text"]; // settings that the browser keeps
 const LETTERS = ["A", "B"];
+const ROOM = 1 / 4; // of a model's length, for a response; earlier turns give way
 
 let models = []; // {name, length, defaults}
 let storesVotes = false;
@@ -89,7 +90,8 @@ async function stream(response, messages, i) {
   };
   try {
     const options = { token, signal: running.signal, onText: show };
-    const done = await completeWhatFits(body, options);
+    const { length } = models.find((model) => model.name === response.model);
+    const done = await completeWhatFits(body, Math.ceil(length * ROOM), options);
     response.state = "done";
     response.note = noteOf(done);
   } catch (error) {

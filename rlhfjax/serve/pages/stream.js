@@ -80,15 +80,18 @@ export async function complete(body, { token, signal, onText }) {
   return { tokens: tokens || pieces, seconds: (last - first) / 1000, reason };
 }
 
-/** Completes a conversation; one that the model has no room for, without its oldest turns. */
-export async function completeWhatFits(body, options) {
+/**
+ * Completes a conversation; one that leaves less than `room` tokens for a response, without its
+ * oldest turns. The last turn alone takes what room there is.
+ */
+export async function completeWhatFits(body, room, options) {
   let messages = body.messages;
   for (;;) {
+    const shorter = withoutOldest(messages);
     try {
-      const done = await complete({ ...body, messages }, options);
+      const done = await complete({ ...body, messages, min_room: shorter ? room : 1 }, options);
       return { ...done, dropped: body.messages.length - messages.length };
     } catch (error) {
-      const shorter = withoutOldest(messages);
       if (error.code !== "context_length_exceeded" || !shorter) throw error;
       messages = shorter;
     }
