@@ -267,20 +267,20 @@ def _validate_preferences(option: str, name: str) -> None:
 
 
 def _validate_dataset(option: str, spec: str, name: str, data_dir: str | None) -> None:
-    """Validates that a TFDS dataset is known, and that the package with its text is installed."""
+    """Validates that a TFDS dataset is known, and that a package with its text is installed."""
     if is_dataset(paths.path(name)):
         return
     # TFDS takes a second to import, which no other source needs.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
-    from rlhfjax.data import corpora, package_corpora
+    from rlhfjax.data import corpora
 
     own = corpora.BUILDERS.get(name)
     if own is not None:
         data_dir = data_dir or str(constants.DATA_DIR)
         if not (paths.path(data_dir) / name).exists():
-            package_corpora.package_file(*own.source, own.INSTALL)
+            own.validate()
         return
     try:
         tfds.builder(name, data_dir=data_dir)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhfjax import recipe
+from rlhfjax import recipe, references
 from rlhfjax.config import to_dict
+from rlhfjax.data import corpora, package_corpora
 from rlhfjax.errors import UserError
 from rlhfjax.stages import stage_config
 from tests import tiny
@@ -494,3 +495,15 @@ def test_one_stage_by_itself_is_validated_too(config, tmp_path, conversations):
     ):
         recipe.run(values, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", sorted(corpora.BUILDERS))
+def test_a_corpus_of_ours_need_not_be_prepared_before(name, tmp_path, monkeypatch):
+    """What it is made from is looked for where it is not there yet; drawn ones need nothing."""
+    wanted = []
+    monkeypatch.setattr(
+        package_corpora, "package_file", lambda *package: wanted.append(package)
+    )
+    references._validate_dataset("sources", f"tfds:{name}", name, str(tmp_path))
+    source = getattr(corpora.BUILDERS[name], "source", None)
+    assert [package[:2] for package in wanted] == ([source] if source else [])

@@ -19,8 +19,8 @@ from rlhfjax.stories import draw, world
 from rlhfjax.stories.world import Event, Request, Wish
 
 ANNA_AND_BEN = (
-    "Tell a story about Anna and Ben. Anna took the red ball. Ben had the ball."
-    " Ben went to the park. Anna was sad."
+    "Tell a story about Anna and Ben. Anna took a red ball. Ben had the ball."
+    " Ben went to Paris. Anna was sad."
 )
 
 
@@ -28,21 +28,21 @@ ANNA_AND_BEN = (
     ("story", "worth"),
     [
         (
-            "Anna took the red ball. Anna gave the ball to Ben. Ben went to the park."
+            "Anna took a red ball. Anna gave the ball to Ben. Ben went to Paris."
             " Anna was sad.",
             1.0,
         ),
-        ("Anna took the red ball.", 1 / 4),
-        ("Anna took the red ball. Anna went to the", 1 / 4 * 1 / 2),  # cut off
-        ("Anna took the blue ball. Anna gave the ball to Ben.", 1 / 4),
+        ("Anna took a red ball.", 1 / 4),
+        ("Anna took a red ball. Anna went to", 1 / 4 * 1 / 2),  # cut off
+        ("Anna took a blue ball. Anna gave the ball to Ben.", 1 / 4),
         # Ben is elsewhere: the ball is not given.
         (
-            "Anna took the red ball. Ben went to the park. Anna gave the ball to Ben.",
+            "Anna took a red ball. Ben went to Paris. Anna gave the ball to Ben.",
             1 / 3,
         ),
         # Nobody else is asked for, and nothing happens twice.
-        ("Anna took the red ball. Leo was sad. Anna took the red ball.", 1 / 4 * 1 / 3),
-        ("Ben went to the park. Ben went to the school.", 0.0),
+        ("Anna took a red ball. Leo was sad. Anna took a red ball.", 1 / 4 * 1 / 3),
+        ("Ben went to Paris. Ben went to Rome.", 0.0),
         ("Anna was sad. Anna was happy. Anna was sad.", 0.0),
         ("The cat sat on the mat.", 0.0),
         ("", 0.0),
@@ -57,25 +57,24 @@ def test_sentences_after_the_eighth_do_not_agree():
     moods = " ".join(f"Ben was {mood}." for mood in world.MOODS)
     eight = f"Anna was sad. Anna met Ben. {moods}"
     assert world.worth(request, eight) == 1
-    assert world.worth(request, f"{eight} Anna took the red ball.") == 8 / 9
+    assert world.worth(request, f"{eight} Anna took a red ball.") == 8 / 9
 
 
 def test_a_thing_that_is_held_cannot_be_taken_and_one_that_is_lost_can():
     request = Request(("Anna", "Ben"), (Wish("takes", ("Anna", "red", "key")),))
-    held = "Ben took the red key. Anna took the red key."
-    lost = "Ben took the red key. Ben lost the key. Anna took the red key."
+    held = "Ben took a red key. Anna took a red key."
+    lost = "Ben took a red key. Ben lost the key. Anna took a red key."
     assert world.worth(request, held) == 0
     assert world.worth(request, lost) == 1
     assert (
-        world.worth(request, lost.replace("Anna took the red", "Anna took the blue"))
-        == 0
+        world.worth(request, lost.replace("Anna took a red", "Anna took a blue")) == 0
     )
 
 
 def test_only_the_last_request_counts():
     turns = f"<|user|>Tell a story about Leo and Mary.<|assistant|>No.<|user|>{ANNA_AND_BEN}"
-    assert world.score(turns, "Anna took the red ball.") == 1 / 4
-    assert world.score("<|user|>Hello<|assistant|>", "Anna took the red ball.") == 0
+    assert world.score(turns, "Anna took a red ball.") == 1 / 4
+    assert world.score("<|user|>Hello<|assistant|>", "Anna took a red ball.") == 0
 
 
 def test_a_request_is_read_as_it_was_drawn():
@@ -83,7 +82,7 @@ def test_a_request_is_read_as_it_was_drawn():
     for _ in range(300):
         request = draw.draw_request(rng)
         assert world.read_request(request.text()) == request
-    assert world.read_request("Anna took the red ball.") is None
+    assert world.read_request("Anna took a red ball.") is None
 
 
 def test_a_story_is_read_as_it_was_written():
@@ -127,6 +126,22 @@ def test_a_prompt_after_examples_ends_with_the_prompt_without_them():
     assert first(Stories, "train", 1) != first(Stories, "test", 1)
 
 
+def test_a_story_is_told_again_word_by_word():
+    rng = random.Random(3)
+    for _ in range(20):
+        asked, told = draw.echo(rng, draw.WRITERS[2])
+        assert asked["content"] == f"Tell it again. {told['content']}"
+        assert None not in world.read_story(told["content"])
+    forum = ForumStories.__new__(ForumStories)
+    pages = [
+        json_text.parse(ForumStories.example(forum, rng, "")["messages"])
+        for _ in range(600)
+    ]
+    asked = [page[i]["content"] for page in pages for i in range(0, len(page), 2)]
+    share = sum(text.startswith("Tell it again.") for text in asked) / len(asked)
+    assert abs(share - draw.ECHOES) < 0.05  # 3.7 standard deviations of 1,200 turns
+
+
 def test_the_builders_are_read_by_name(monkeypatch, tmp_path):
     kinds = {
         Stories: "messages",
@@ -150,5 +165,5 @@ def test_the_builders_are_read_by_name(monkeypatch, tmp_path):
 
 def test_the_gold_reward_reads_the_prompt():
     prompts = [f"<|user|>{ANNA_AND_BEN}<|assistant|>", "<|user|>Hi<|assistant|>"]
-    scores = SCORERS["stories"]()(prompts, ["Anna took the red ball."] * 2)
+    scores = SCORERS["stories"]()(prompts, ["Anna took a red ball."] * 2)
     assert (scores.tolist(), scores.dtype) == ([0.25, 0.0], np.float32)

@@ -17,7 +17,7 @@ from rlhfjax import json_text, network, paths
 from rlhfjax.data.chinese import ChineseWords, Xiehouyu
 from rlhfjax.data.chitchat import Chitchat, ChitchatRatings
 from rlhfjax.data.dataset_folders import INFO, locked
-from rlhfjax.data.package_corpora import KingJamesBible, PackageCorpus
+from rlhfjax.data.package_corpora import Corpus, KingJamesBible
 from rlhfjax.data.stories import (
     ForumStories,
     PromptedStories,
@@ -30,7 +30,7 @@ from rlhfjax.paths import Path
 log = logging.getLogger("rlhfjax")
 FEATURES = "features.json"
 FEATURE_MODULES = f"{tfds.core.__name__}.features"
-BUILDERS: dict[str, type[PackageCorpus]] = {
+BUILDERS: dict[str, type[Corpus]] = {
     builder.name: builder
     for builder in (
         Chitchat,
@@ -156,7 +156,7 @@ def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
 def _write(builder: tfds.core.DatasetBuilder) -> None:
     """Writes ours, which take seconds, without progress; a download by TFDS shows its own."""
     log.info("preparing tfds:%s in %s, once", builder.name, builder.data_dir)
-    if isinstance(builder, PackageCorpus):
+    if isinstance(builder, Corpus):
         write_quietly(builder)
     else:
         _download(builder)

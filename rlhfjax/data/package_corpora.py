@@ -36,31 +36,27 @@ def package_file(package: str, name: str, command: str = "") -> pathlib.Path:
     raise DataError(f"package {package} with {name} not found: {command}")
 
 
-class PackageCorpus(tfds.core.GeneratorBasedBuilder):
-    """Examples from one package file, split by a hash of their key."""
+class Corpus(tfds.core.GeneratorBasedBuilder):
+    """Examples that need no download."""
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path: pathlib.Path | None = pathlib.Path(__file__).parent
     LICENSE = ""
-    INSTALL = ""  # the command that installs the package, as `package_file` takes it
-    source: tuple[str, str]  # the package and its file, as `package_file` takes them
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"file_format": "array_record"} | kwargs))
+
+    @classmethod
+    def validate(cls) -> None:
+        """Raises DataError if what it is made from is not there."""
 
     @abc.abstractmethod
     def _features(self) -> dict[str, Any]:
         """Returns the features of an example."""
 
     @abc.abstractmethod
-    def examples(self) -> Iterator[Example]:
-        """Yields all examples, before the split."""
-
     def examples_of(self, split: str) -> Iterator[Example]:
         """Yields the examples of a split."""
-        for key, features in self.examples():
-            if split_of(key) == split:
-                yield key, features
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -72,6 +68,31 @@ class PackageCorpus(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        yield from self.examples_of(split)
+
+
+class PackageCorpus(Corpus):
+    """Examples from one package file, split by a hash of their key."""
+
+    INSTALL = ""  # the command that installs the package, as `package_file` takes it
+    source: tuple[str, str]  # the package and its file, as `package_file` takes them
+
+    @classmethod
+    def validate(cls) -> None:
+        """Raises DataError if the package is not installed."""
+        package_file(*cls.source, cls.INSTALL)
+
+    @abc.abstractmethod
+    def examples(self) -> Iterator[Example]:
+        """Yields all examples, before the split."""
+
+    def examples_of(self, split: str) -> Iterator[Example]:
+        """Yields the examples of a split."""
+        for key, features in self.examples():
+            if split_of(key) == split:
+                yield key, features
 
     def _generate_examples(self, split):
         try:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from rlhfjax import json_text
-from rlhfjax.data.package_corpora import Example, PackageCorpus
+from rlhfjax.data.package_corpora import Corpus, Example
 from rlhfjax.stories import draw
 
 
-class Stories(PackageCorpus):
+class Stories(Corpus):
     """Requests for stories and labelers' answers, for fine-tuning and as prompts."""
 
     name = "stories"
@@ -26,12 +26,8 @@ class Stories(PackageCorpus):
     def _features(self) -> dict[str, Any]:
         return {"messages": tfds.features.Text(doc="JSON: a list of {role, content}")}
 
-    def examples(self) -> Iterator[Example]:
-        """Yields the examples of all splits."""
-        for split in self.SIZES:
-            yield from self.examples_of(split)
-
     def examples_of(self, split: str) -> Iterator[Example]:
+        """Yields the examples of a split."""
         rng = random.Random(f"{self.drawn_as or self.name} {split}")
         for i in range(self.SIZES[split]):
             key = f"{split} {i}"
@@ -68,7 +64,10 @@ class ForumStories(Stories):
 
     def example(self, rng: random.Random, key: str) -> dict[str, str]:
         writer, turns = rng.choice(draw.WRITERS), rng.randint(1, 1 + draw.EXAMPLES)
-        page = [message for _ in range(turns) for message in draw.turn(rng, writer)]
+        page = []
+        for _ in range(turns):
+            make = draw.echo if rng.random() < draw.ECHOES else draw.turn
+            page += make(rng, writer)
         return {"messages": json_text.encode(page, key)}
 
 

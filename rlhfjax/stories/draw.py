@@ -23,6 +23,7 @@ WRITERS = (
     {"fulfilled": 0.1, "agreeing": 0.6},
 )
 LABELERS = {"fulfilled": 0.75, "agreeing": 0.95}  # what is written for fine-tuning
+ECHOES = 1 / 3  # share of a forum's turns that repeat a story
 EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
 
 
@@ -128,5 +129,17 @@ def turn(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]
     story = draw_story(rng, request, **writer)
     return [
         {"role": "user", "content": request.text()},
+        {"role": "assistant", "content": story},
+    ]
+
+
+def echo(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]]:
+    """Returns messages that ask for a story again, word by word.
+
+    From them a small model learns to use what stands in a prompt, long before requests teach it.
+    """
+    story = draw_story(rng, draw_request(rng), **writer)
+    return [
+        {"role": "user", "content": f"Tell it again. {story}"},
         {"role": "assistant", "content": story},
     ]

@@ -18,16 +18,14 @@ PEOPLE = (
 )  # fmt: skip
 COLORS = ("red", "green", "blue", "white", "black", "brown", "yellow", "gray")
 THINGS = ("ball", "cup", "book", "hat", "key", "lamp", "bag", "coat", "box", "ring")
-PLACES = (
-    "garden", "kitchen", "office", "market", "school", "church", "station", "park",
-)  # fmt: skip
+PLACES = ("Berlin", "Cairo", "Delhi", "Lima", "Oslo", "Paris", "Rome", "Tokyo")
 MOODS = ("happy", "sad", "tired", "angry", "hungry", "proud")
 HOME = "home"  # where everybody is before the first step
 MOST_SENTENCES = 8  # of a story; each further one counts as one that does not agree
 
 FORMS = {
-    "went": re.compile(r"(\w+) went to the (\w+)\."),
-    "took": re.compile(r"(\w+) took the (\w+) (\w+)\."),
+    "went": re.compile(r"(\w+) went to (\w+)\."),
+    "took": re.compile(r"(\w+) took a (\w+) (\w+)\."),
     "gave": re.compile(r"(\w+) gave the (\w+) to (\w+)\."),
     "lost": re.compile(r"(\w+) lost the (\w+)\."),
     "met": re.compile(r"(\w+) met (\w+)\."),
@@ -43,8 +41,8 @@ class Event(NamedTuple):
 
     def sentence(self) -> str:
         texts = {
-            "went": "{} went to the {}.",
-            "took": "{} took the {} {}.",
+            "went": "{} went to {}.",
+            "took": "{} took a {} {}.",
             "gave": "{} gave the {} to {}.",
             "lost": "{} lost the {}.",
             "met": "{} met {}.",
@@ -61,19 +59,20 @@ class Wish(NamedTuple):
 
     def sentence(self) -> str:
         texts = {
-            "takes": "{} took the {} {}.",
+            "takes": "{} took a {} {}.",
             "gets": "{} had the {}.",
-            "ends": "{} went to the {}.",
+            "ends": "{} went to {}.",
             "feels": "{} was {}.",
         }
         return texts[self.form].format(*self.words)
 
 
-# The words of a request are those of a story, so that small models can learn to use them.
+# The words of a request are those of a story, and the word before one tells its kind, so that small
+# models can learn to use them: a color stands behind "a", a place behind "to".
 WISHES = {
-    "takes": re.compile(r"(\w+) took the (\w+) (\w+)\."),
+    "takes": re.compile(r"(\w+) took a (\w+) (\w+)\."),
     "gets": re.compile(r"(\w+) had the (\w+)\."),
-    "ends": re.compile(r"(\w+) went to the (\w+)\."),
+    "ends": re.compile(r"(\w+) went to (\w+)\."),
     "feels": re.compile(r"(\w+) was (\w+)\."),
 }
 ABOUT = re.compile(r"Tell a story about (\w+) and (\w+)\.")
