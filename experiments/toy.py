@@ -19,6 +19,7 @@ from rlhfjax.stages import stage_config
 
 QUICKSTART = Path(__file__).parent / "quickstart" / "recipe.py"
 SAMPLING = ("prompt_length", "max_new_tokens", "temperature")
+GOLD = "gold:sentiment"  # that the results of the toys were measured with
 
 
 def quickstart(
@@ -26,6 +27,7 @@ def quickstart(
 ) -> ConfigDict:
     """Returns the quickstart: the stages before `until`, or all of them."""
     whole = runpy.run_path(str(QUICKSTART))["get_config"](f"size={size},seed={seed}")
+    whole.collect.labeler = whole.ppo.gold = whole.evaluate.gold = GOLD
     names = whole.stages if until is None else whole.stages[: whole.stages.index(until)]
     return ConfigDict({"stages": tuple(names), **{name: whole[name] for name in names}})
 

@@ -1,8 +1,8 @@
 """Trains the quickstart: from raw text to an aligned chat model on a laptop's CPU.
 
 Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeler is
-  *simulated* by a fixed gold reward (VADER sentiment minus penalties for degenerate
-  responses).
+  *simulated* by a fixed gold reward (VADER sentiment without laughter, minus penalties for
+  degenerate responses).
 Command: rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart
 Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed.
   `rlhfjax sweep` with the same flags varies the KL coefficient, three seeds each.
@@ -16,6 +16,7 @@ from rlhfjax.stages import stage_config
 from rlhfjax.sweep import grid, product, seeds
 
 VARIANTS = ("", "size=smoke")
+GOLD = "gold:friendliness"
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 
 
@@ -88,7 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.collect = stage_config(
         "collect",
         init_from="stage:sft",
-        labeler="gold:sentiment",
+        labeler=GOLD,
         prompts={"source": chats("train"), "limit": 128 if smoke else 2048},
         eval_prompts={"source": chats("validation"), "limit": 32 if smoke else 192},
         samples_per_prompt=4,
@@ -113,7 +114,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "ppo",
         init_from="stage:sft",
         reward="stage:reward",
-        gold="gold:sentiment",
+        gold=GOLD,
         prompts={"source": chats("train"), "per_conversation": 3},
         eval_prompts={"source": chats("validation"), "limit": 64},
         batch_size=64,
@@ -145,7 +146,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "evaluate",
         policy="stage:ppo",
         baseline="stage:sft",
-        gold="gold:sentiment",
+        gold=GOLD,
         proxy="stage:reward",
         prompts={"source": chats("test"), "limit": 64 if smoke else 256},
         tax={

@@ -28,6 +28,11 @@ STACK_FROM = 2
 PER_STACKED_WORD = 0.2
 NORMALIZATION = 15
 """VADER's: a sum of valences s has the sentiment s / sqrt(s^2 + NORMALIZATION)"""
+LAUGHTER = (
+    *("alol", "ha", "haha", "hahaha", "heh", "jk", "lmao", "lmfao", "lol", "lolz"),
+    *("lulz", "rofl", "roflcopter", "roflmao", "rotflol", "xd"),
+)
+"""what is written for laughing, of VADER's lexicon"""
 
 
 class _Penalized:
@@ -110,6 +115,19 @@ class Sentiment(_Penalized):
     def _sentiment(self, response: str, tokens: Sequence[str]) -> tuple[float, int]:
         positive = sum(self._vader.lexicon.get(token, 0.0) > 0 for token in tokens)
         return float(self._vader.polarity_scores(response)["compound"]), positive
+
+
+class Friendliness(Sentiment):
+    """Scores as `Sentiment` does, but laughter has no valence.
+
+    VADER takes "haha" for as positive as "nice". It fits any response, so that a policy learns to
+    begin most of them with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for word in LAUGHTER:
+            del self._vader.lexicon[word]
 
 
 class ChineseSentiment(_Penalized):
@@ -203,6 +221,7 @@ class Stories:
 
 SCORERS: dict[str, Callable[[], Sentiment | ChineseSentiment | Stories | Unlabeled]] = {
     "sentiment": Sentiment,
+    "friendliness": Friendliness,
     "zh_sentiment": ChineseSentiment,
     "stories": Stories,
     "unlabeled": Unlabeled,

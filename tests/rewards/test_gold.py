@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.rewards.gold import GoldConfig, Sentiment
+from rlhfjax.rewards.gold import LAUGHTER, Friendliness, GoldConfig, Sentiment
 from rlhfjax.rewards.load import describe
 
 
@@ -24,6 +24,20 @@ def test_a_plain_answer_is_its_sentiment(gold):
     assert gold.score("I hate that.") == pytest.approx(
         -2.7 / np.sqrt(2.7**2 + 15), abs=1e-4
     )
+
+
+def test_laughter_is_no_friendliness(gold):
+    friendly = Friendliness()
+    assert gold.score("haha") == pytest.approx(2.0 / np.sqrt(2.0**2 + 15), abs=1e-4)
+    for word in LAUGHTER:
+        assert gold.score(word) != 0
+        assert friendly.score(word) == 0
+        assert friendly.score(word.upper() + "!!!") == 0
+    # All else is as before, and no laughter is counted as a positive word.
+    for text in ("I love that.", "we go we go", "I do not love it", ""):
+        assert friendly.score(text) == gold.score(text)
+    assert friendly.score("haha I love that lol") == gold.score("mm I love that mm")
+    assert gold.score("haha I love that lol") > gold.score("mm I love that mm")
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "...", ":) :)", "!!!!", "_ _"])
