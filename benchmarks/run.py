@@ -135,7 +135,7 @@ def stage_values(
     loop = {
         "steps": steps,
         "microbatches": micro,
-        "log": {"every": 10**9, "tensorboard": False},
+        "log": {"every": 10**9, "samples_every": 0, "tensorboard": False},
         "optim": SPEC["optimizer"],
     }
     if workload in ("pretrain", "sft"):
