@@ -130,7 +130,9 @@ def test_pitfall_09_fractional_scores_stay_fractional(gold):
 
 def test_gold_scorers_have_names():
     assert describe("gold:sentiment") == ("gold", GoldConfig("sentiment"))
-    known = "gold.name='wit': expected one of 'sentiment', 'friendliness', 'zh_sentiment'"
+    known = (
+        "gold.name='wit': expected one of 'sentiment', 'friendliness', 'zh_sentiment'"
+    )
     with pytest.raises(ConfigError, match=known):
         describe("gold:wit")
 
