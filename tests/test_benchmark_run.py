@@ -1,4 +1,4 @@
-"""`benchmarks.run` in a process of its own, for one measured step."""
+"""`benchmarks.run` in a separate process, for one measured step."""
 
 import json
 import subprocess

@@ -120,8 +120,8 @@ class Sentiment(_Penalized):
 class Friendliness(Sentiment):
     """Scores as `Sentiment` does, but laughter has no valence.
 
-    VADER takes "haha" for as positive as "nice". It fits any response, so that a policy learns to
-    begin most of them with it.
+    VADER takes "haha" for more positive than "nice". It fits any response, so that a policy learns
+    to put it into most of them.
     """
 
     def __init__(self) -> None:
