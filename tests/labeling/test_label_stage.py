@@ -31,13 +31,18 @@ def values(**changes):
     return stage_config("label", **({"port": 0, "grace": 0.0} | changes)).to_dict()
 
 
-def test_a_program_ranks_what_collect_wrote_and_reward_reads_it(finished, tmp_path):
-    config = values(
+def ranked_by_gold(finished):
+    """A program labels 12 prompts of the tiny recipe."""
+    return values(
         answers=(str(finished / "03_collect" / "preferences"),),
         simulated="gold:sentiment",
         count=12,
         validation=0.3,
     )
+
+
+def test_a_program_ranks_what_collect_wrote_and_reward_reads_it(finished, tmp_path):
+    config = ranked_by_gold(finished)
     metrics = recipe.run(config, tmp_path / "label")
     assert metrics["label/labels"] == 12 and metrics["label/labelers"] == 1
     collected = {
@@ -63,12 +68,7 @@ def test_a_program_ranks_what_collect_wrote_and_reward_reads_it(finished, tmp_pa
 @pytest.mark.slow
 def test_labels_become_a_reward_model_and_that_a_policy(finished, tmp_path):
     """The loop with people, of a few labels: collect, label, reward, PPO."""
-    labels = values(
-        answers=(str(finished / "03_collect" / "preferences"),),
-        simulated="gold:sentiment",
-        count=12,
-        validation=0.3,
-    )
+    labels = ranked_by_gold(finished)
     recipe.run(labels, tmp_path / "label")
     config = json_text.read(finished / "config.json", json_text.Object)
     preferences = (str(tmp_path / "label" / "preferences"),)
