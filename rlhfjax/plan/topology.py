@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jaxlib import xla_client
 
 from rlhfjax.errors import ConfigError, first_line, install
 from rlhfjax.mesh import Devices
@@ -72,6 +73,7 @@ def target(topology: str, slices: int = 1) -> Target:
         options["chip_config_name"] = "megacore"
     try:
         with quiet():
+            _load_libtpu()
             devices = topologies.get_topology_desc(
                 platform="tpu", topology_name=topology, **options
             ).devices
@@ -88,6 +90,18 @@ def target(topology: str, slices: int = 1) -> Target:
         topology=topology,
         slices=slices,
     )
+
+
+def _load_libtpu() -> None:
+    """Loads the compiler and leaves its profiler out.
+
+    JAX would register it too, and where no TPU is started it ends the process at a later
+    `jax.profiler.start_trace`, such as that of `log.profile`.
+    """
+    if not xla_client.pjrt_plugin_loaded("tpu"):
+        import libtpu
+
+        xla_client.load_pjrt_plugin_dynamically("tpu", libtpu.get_library_path())
 
 
 def _here() -> Target:

@@ -1,5 +1,7 @@
 """What the TPU compiler decided, read before it has written machine code."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,15 @@ RANGES = """HloLiveRange (max 9):
     main.0_spmd (100.0%, total: 8 704 bytes, current: 0 bytes, remaining: 8 704 bytes)
 """
 LIVE = (("all-gather.7{}", 8192.0), ("fusion.1{1}", 512.0))
+
+TRACED_AFTERWARDS = """
+import sys
+import jax
+from rlhfjax.plan import topology
+topology.target("v5e:2x2")
+jax.profiler.start_trace(sys.argv[1])
+jax.profiler.stop_trace()
+"""
 
 
 def request(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
@@ -138,3 +149,11 @@ def test_what_does_not_fit_is_known_to_the_byte():
         measured.fits is False
         and max(size for _, size in measured.buffers) >= 4 * 8192 * 65536
     )
+
+
+@needs_libtpu
+def test_a_process_that_has_loaded_libtpu_can_be_traced(tmp_path: Path):
+    """Without a TPU libtpu's own profiler ends the process with SIGSEGV."""
+    command = [sys.executable, "-c", TRACED_AFTERWARDS, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120)
+    assert list(tmp_path.rglob("*.trace.json.gz"))
