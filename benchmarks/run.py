@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import batches
-from rlhfjax import json_text, precision, recipe, stages, train
+from rlhfjax import host_memory, json_text, precision, recipe, stages, train
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.interop import store
@@ -300,6 +300,7 @@ def report(
 def main(argv: list[str]) -> None:
     del argv
     logging.getLogger("absl").setLevel(logging.ERROR)
+    host_memory.release_after_compiling()  # as recipe.run_stage does
     w = dict(SPEC["workloads"][WORKLOAD.value])
     w["steps"] = STEPS.value or w["steps"]
     w["warmup"] = w["warmup"] if WARMUP.value < 0 else WARMUP.value

@@ -21,6 +21,7 @@ from rlhfjax import (
     checkpoint,
     claims,
     footprint,
+    host_memory,
     hosts,
     json_text,
     pace,
@@ -193,6 +194,7 @@ def _compute_dated(
     sizes = {net.name: net.numbers for net in nets}
     hosts.share(lambda: provenance.record(workdir, seeds=seeds, parameters=sizes))
     clock = Clock(workdir)
+    host_memory.release_after_compiling()
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(config, workdir, layout))
     elif hasattr(module, "run"):
