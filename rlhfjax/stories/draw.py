@@ -23,7 +23,8 @@ WRITERS = (
     {"fulfilled": 0.1, "agreeing": 0.6},
 )
 LABELERS = {"fulfilled": 0.75, "agreeing": 0.95}  # what is written for fine-tuning
-ECHOES = 1 / 3  # share of a forum's turns that repeat a story
+ECHOES = 1 / 2  # share of a forum's turns that repeat a story or words
+WORDS = (*PEOPLE, *COLORS, *THINGS, *PLACES, *MOODS)
 EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
 
 
@@ -134,12 +135,16 @@ def turn(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]
 
 
 def echo(rng: random.Random, writer: Mapping[str, float]) -> list[dict[str, str]]:
-    """Returns messages that ask for a story again, word by word.
+    """Returns messages that ask for a story again, or for words without order, word by word.
 
-    From them a small model learns to use what stands in a prompt, long before requests teach it.
+    They teach to use what stands in a prompt. From requests alone a small model learns that late,
+    and from stories it learns it for one kind of word after the other.
     """
-    story = draw_story(rng, draw_request(rng), **writer)
+    if rng.random() < 3 / 4:
+        text = " ".join(rng.sample(WORDS, rng.randint(6, 18)))
+    else:
+        text = draw_story(rng, draw_request(rng), **writer)
     return [
-        {"role": "user", "content": f"Tell it again. {story}"},
-        {"role": "assistant", "content": story},
+        {"role": "user", "content": f"Tell it again. {text}"},
+        {"role": "assistant", "content": text},
     ]

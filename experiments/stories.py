@@ -1,0 +1,178 @@
+"""Builds the recipes of the studies: models of four sizes on stories, from text to a policy.
+
+The world is drawn by a program (rlhfjax/stories): requests for a story, and a gold reward that
+follows it sentence by sentence. The base of each size is pretrained once, with seed 0, and all
+studies share it; seeds vary what comes after it. Experiment files load this file by its path:
+  STORIES = runpy.run_path(str(Path(__file__).parents[1] / "stories.py"))
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhfjax.stages import stage_config
+
+GOLD = "gold:stories"
+VOCAB = 512
+LENGTH = 224  # of a row: two solved requests, a third and its story
+PROMPT, RESPONSE = 40, 48
+SAMPLING = {
+    "prompt_length": PROMPT,
+    "max_new_tokens": RESPONSE,
+    "temperature": 1.0,
+}
+# Width, layers, learning rate and steps of pretraining: found by pilots, see LOG.md.
+SIZES = {
+    "xs": (32, 3, 2e-3, 3000),
+    "s": (64, 3, 2e-3, 4000),
+    "m": (96, 3, 2e-3, 2000),
+    "l": (128, 4, 2e-3, 2000),
+}
+DTYPE = "float32"  # the same numbers on every machine
+
+
+def source(name: str, split: str) -> dict[str, Any]:
+    """Returns a corpus of stories, such as "forum" or "" for requests and labelers' stories."""
+    spec = f"tfds:stories_{name}" if name else "tfds:stories"
+    return {"spec": spec, "kind": "messages", "split": split}
+
+
+def loop(steps: int, evals: int = 4) -> dict[str, Any]:
+    """Returns the options of a stage that trains; only its last step is saved."""
+    return {
+        "steps": steps,
+        "eval_every": max(1, steps // evals),
+        "checkpoint": {"every": steps},
+        "log": {"every": max(1, steps // 40), "tensorboard": False},
+    }
+
+
+def optim(rate: float, warmup: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": rate,
+        "warmup_steps": warmup,
+        "final_fraction": 0.1,
+        "weight_decay": 0.1,
+        **changes,
+    }
+
+
+def tokenizer() -> ConfigDict:
+    return stage_config(
+        "tokenizer", sources=(source("forum", "train"),), vocab_size=VOCAB
+    )
+
+
+def pretrain(size: str) -> ConfigDict:
+    """Returns the base of a size: the same for all seeds and studies."""
+    width, layers, rate, steps = SIZES[size]
+    return stage_config(
+        "pretrain",
+        tokenizer="stage:tokenizer",
+        model={
+            "vocab_size": VOCAB,
+            "d_model": width,
+            "n_layers": layers,
+            "n_heads": width // 32,
+            "d_ff": 11 * width // 4,
+            "max_length": LENGTH,
+            "dtype": DTYPE,
+        },
+        sources=(source("forum", "train"),),
+        eval_sources=(source("forum", "validation"),),
+        eval_batches=4,
+        length=LENGTH,
+        batch_size=10,
+        seed=0,
+        optim=optim(rate, warmup=100),
+        **loop(steps),
+    )
+
+
+def sft(size: str, seed: int, steps: int = 400) -> ConfigDict:
+    """Returns fine-tuning of a size's base on labelers' stories."""
+    return stage_config(
+        "sft",
+        init_from=f"stage:pretrain_{size}",
+        sources=(source("", "train"),),
+        eval_sources=(source("", "validation"),),
+        eval_batches=4,
+        length=PROMPT + RESPONSE,
+        batch_size=32,
+        seed=seed,
+        optim=optim(1e-3, warmup=20),
+        **loop(steps),
+    )
+
+
+def collect(size: str, seed: int, prompts: int = 4096) -> ConfigDict:
+    """Returns four responses of a size's SFT to each prompt, ranked by the gold reward."""
+    return stage_config(
+        "collect",
+        init_from=f"stage:sft_{size}",
+        labeler=GOLD,
+        prompts={"source": source("", "train"), "limit": prompts},
+        eval_prompts={"source": source("", "validation"), "limit": 256},
+        samples_per_prompt=4,
+        batch_size=64,
+        seed=seed,
+        **SAMPLING,
+    )
+
+
+def reward(size: str, seed: int, prompts: int = 4096) -> ConfigDict:
+    """Returns a reward model of a size on the rankings, from its SFT, for one epoch."""
+    return stage_config(
+        "reward",
+        init_from=f"stage:sft_{size}",
+        preferences=("stage:collect/preferences",),
+        length=PROMPT + RESPONSE,
+        batch_size=16,
+        seed=seed,
+        normalize="mean_std",
+        optim=optim(1e-3, warmup=20, weight_decay=0.0),
+        **loop(prompts // 16),
+    )
+
+
+def ppo(size: str, seed: int, **changes: Any) -> ConfigDict:
+    """Returns PPO of a size's SFT against the reward model."""
+    rates = {"schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1}
+    options = {
+        "init_from": f"stage:sft_{size}",
+        "reward": "stage:reward",
+        "gold": GOLD,
+        "prompts": {"source": source("", "train")},
+        "eval_prompts": {"source": source("", "validation"), "limit": 128},
+        "batch_size": 64,
+        "epochs": 2,
+        "minibatches": 4,
+        "kl": {"coefficient": 0.05},
+        "missing_eos": "penalty",
+        "missing_eos_value": 1.0,
+        "seed": seed,
+        "optim": {"learning_rate": 5e-4, **rates},
+        "value_optim": {"learning_rate": 1e-3, **rates},
+        **loop(60),
+        **SAMPLING,
+    }
+    return stage_config("ppo", **options | changes)
+
+
+def evaluate(seed: int, policy: str, baseline: str, **changes: Any) -> ConfigDict:
+    """Returns the gold win rate of a policy against a baseline, on held-out requests."""
+    options = {
+        "policy": policy,
+        "baseline": baseline,
+        "gold": GOLD,
+        "prompts": {"source": source("", "test"), "limit": 512},
+        "batch_size": 128,
+        "seed": seed + 1000,
+        **SAMPLING,
+    }
+    return stage_config("evaluate", **options | changes)
+
+
+def recipe(**stages: ConfigDict) -> ConfigDict:
+    """Returns a recipe of stages, in their order."""
+    return ConfigDict({"stages": tuple(stages), **stages})
