@@ -10,6 +10,8 @@ is the SHA-256 of all that decides its files:
   versions   Python's and those of the packages that rlhfjax requires
   machine    kind and number of the devices and hosts, jax's flags; of a CPU also its features and
              the number of cores, by which XLA splits its work
+  folder     the stage's folder, such as 01_sft, which stands in some of the files: runs share a
+             stage that has the same place in their recipes
 
 A stage whose chat template writes the date counts as computed only where the template would write
 the same now (`template_dates` of done.json).

@@ -14,6 +14,7 @@ from rlhfjax.data.stories import (
     Stories,
     StoryDocuments,
 )
+from rlhfjax.lab import gold
 from rlhfjax.rewards.gold import SCORERS
 from rlhfjax.stories import draw, world
 from rlhfjax.stories.world import Event, Request, Wish
@@ -34,30 +35,47 @@ ANNA_AND_BEN = (
         ),
         ("Anna took a red ball.", 1 / 4),
         ("Anna took a red ball. Anna went to", 1 / 4 * 1 / 2),  # cut off
+        # A step of a wish: the ball has to be taken, in whatever color.
         ("Anna took a blue ball. Anna gave the ball to Ben.", 1 / 4),
         # Ben is elsewhere: the ball is not given.
         (
             "Anna took a red ball. Ben went to Paris. Anna gave the ball to Ben.",
-            1 / 3,
+            2 / 4 * 2 / 3,
         ),
         # Nobody else is asked for, and nothing happens twice.
         ("Anna took a red ball. Leo was sad. Anna took a red ball.", 1 / 4 * 1 / 3),
+        # It can happen, and nobody asked for it.
+        ("Anna took a red ball. Anna met Ben. Ben was happy.", 1 / 4 * 1 / 3),
+        ("Anna took a red ball. Anna gave the ball to Ben. Ben lost the ball.", 1 / 6),
         ("Ben went to Paris. Ben went to Rome.", 0.0),
         ("Anna was sad. Anna was happy. Anna was sad.", 0.0),
         ("The cat sat on the mat.", 0.0),
         ("", 0.0),
     ],
 )
-def test_a_story_is_worth_its_wishes_times_its_agreeing_sentences(story, worth):
-    assert world.score(f"<|user|>{ANNA_AND_BEN}<|assistant|>", story) == worth
+def test_a_story_is_worth_its_wishes_times_the_sentences_that_serve_them(story, worth):
+    score = world.score(f"<|user|>{ANNA_AND_BEN}<|assistant|>", story)
+    assert score == pytest.approx(worth)
 
 
-def test_sentences_after_the_eighth_do_not_agree():
-    request = Request(("Anna", "Ben"), (Wish("feels", ("Anna", "sad")),))
-    moods = " ".join(f"Ben was {mood}." for mood in world.MOODS)
-    eight = f"Anna was sad. Anna met Ben. {moods}"
-    assert world.worth(request, eight) == 1
-    assert world.worth(request, f"{eight} Anna took a red ball.") == 8 / 9
+def test_a_meeting_is_asked_for_like_all_else():
+    asked = "Tell a story about Anna and Ben. Anna met Ben."
+    assert world.score(f"<|user|>{asked}<|assistant|>", "Ben met Anna.") == 1
+    assert world.score(f"<|user|>{asked}<|assistant|>", "Anna met Leo.") == 0
+    apart = "Ben went to Paris. Anna met Ben."
+    assert world.score(f"<|user|>{asked}<|assistant|>", apart) == 0
+
+
+def test_sentences_after_the_eighth_do_not_serve():
+    people, things = ("Anna", "Ben"), ("cup", "hat", "key", "bag", "box")
+    wishes = [Wish("gets", ("Ben", thing)) for thing in things]
+    request = Request(people, tuple(wishes))
+    four = " ".join(
+        f"Anna took a red {x}. Anna gave the {x} to Ben." for x in things[:4]
+    )
+    assert world.worth(request, four) == 4 / 5
+    nine = f"{four} Anna took a red box."
+    assert world.worth(request, nine) == pytest.approx(4 / 5 * 8 / 9)
 
 
 def test_a_thing_that_is_held_cannot_be_taken_and_one_that_is_lost_can():
@@ -65,7 +83,7 @@ def test_a_thing_that_is_held_cannot_be_taken_and_one_that_is_lost_can():
     held = "Ben took a red key. Anna took a red key."
     lost = "Ben took a red key. Ben lost the key. Anna took a red key."
     assert world.worth(request, held) == 0
-    assert world.worth(request, lost) == 1
+    assert world.worth(request, lost) == pytest.approx(1 / 3)
     assert (
         world.worth(request, lost.replace("Anna took a red", "Anna took a blue")) == 0
     )
@@ -99,7 +117,7 @@ def test_a_story_is_read_as_it_was_written():
 def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
     rng = random.Random(2)
     requests = [draw.draw_request(rng) for _ in range(300)]
-    faultless = [draw.draw_story(rng, each, 1.0, 1.0) for each in requests]
+    faultless = [draw.draw_story(rng, each, 1.0, 1.0, 0.0) for each in requests]
     assert set(map(world.worth, requests, faultless)) == {1.0}
     found = [draw.draw_story(rng, each, **draw.WRITERS[1]) for each in requests]
     written = [draw.draw_story(rng, each, **draw.LABELERS) for each in requests]
@@ -107,10 +125,24 @@ def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
         sum(map(world.worth, requests, stories)) / len(requests)
         for stories in (found, written)
     ]
-    assert 0.25 < means[0] < 0.45 < 0.6 < means[1] < 0.75
+    assert 0.15 < means[0] < 0.3 < 0.35 < means[1] < 0.5
     # Stories for other requests fulfill these by chance only.
     others = sum(map(world.worth, requests, faultless[1:])) / len(requests)
     assert others < 0.02
+
+
+def test_neither_length_nor_words_tell_a_good_story():
+    """On half of the requests ten words are chosen, and tried on the other half."""
+    rng, rows = random.Random(4), []
+    for _ in range(1000):
+        request = draw.draw_request(rng)
+        told = [draw.draw_story(rng, request, **draw.LABELERS) for _ in range(4)]
+        scores = [world.worth(request, story) for story in told]
+        rows.append({"prompt": "", "completions": told, "scores": scores})
+    length, _, ten_words = (
+        float(line.split("%")[0]) for line in gold.report(rows)[1:4]
+    )
+    assert length < 55 and ten_words < 58
 
 
 def first(builder, split, n):

@@ -207,7 +207,7 @@ class Unlabeled:
 class Stories:
     """Scores a story by what the last user's turn asks for, 0 to 1: `stories.world.worth`.
 
-      gold(story) = share of the wishes that come true x share of the sentences that agree
+      gold(story) = share of the wishes that come true x share of the sentences that serve them
 
     Neither length nor a list of words predicts it, and a model needs capability to raise it. Its
     data are tfds:stories.

@@ -18,38 +18,48 @@ from rlhfjax.stories.world import (
 
 # Writers of what a model is pretrained on: some are careful, and one writes all turns of a page.
 WRITERS = (
-    {"fulfilled": 0.95, "agreeing": 0.98},
-    {"fulfilled": 0.5, "agreeing": 0.85},
-    {"fulfilled": 0.1, "agreeing": 0.6},
+    {"fulfilled": 0.95, "agreeing": 0.98, "fillers": 0.05},
+    {"fulfilled": 0.5, "agreeing": 0.85, "fillers": 0.4},
+    {"fulfilled": 0.1, "agreeing": 0.6, "fillers": 0.7},
 )
-LABELERS = {"fulfilled": 0.75, "agreeing": 0.95}  # what is written for fine-tuning
+# Of what is written for fine-tuning. With these numbers length is right on 52 % of the pairs of
+# stories for one request, and a vote of the ten best words on 55 %: misread wishes are as long as
+# others, and have the same words.
+LABELERS = {"fulfilled": 0.55, "agreeing": 0.95, "fillers": 0.1}
+OMITTED = 0.3  # share of misread wishes that are left out
 ECHOES = 1 / 2  # share of a forum's turns that repeat a story or words
 WORDS = (*PEOPLE, *COLORS, *THINGS, *PLACES, *MOODS)
 EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
 
 
 def draw_request(rng: random.Random) -> Request:
-    """Returns a request with one to four wishes that can come true together."""
+    """Returns a request with one to four of five wishes that can come true together."""
     first, second = rng.sample(PEOPLE, 2)
     thing = rng.choice(THINGS)
     possible = [
         Wish("takes", (first, rng.choice(COLORS), thing)),
         Wish("gets", (second, thing)),
+        Wish("meets", (first, second)),
         Wish("ends", (rng.choice((first, second)), rng.choice(PLACES))),
         Wish("feels", (rng.choice((first, second)), rng.choice(MOODS))),
     ]
-    kept = sorted(rng.sample(range(len(possible)), rng.randint(1, len(possible))))
+    kept = sorted(rng.sample(range(len(possible)), rng.randint(1, 4)))
     return Request((first, second), tuple(possible[i] for i in kept))
 
 
 def draw_story(
-    rng: random.Random, request: Request, fulfilled: float, agreeing: float
+    rng: random.Random,
+    request: Request,
+    fulfilled: float,
+    agreeing: float,
+    fillers: float,
 ) -> str:
     """Returns a story.
 
     Args:
-      fulfilled: probability of each wish to be told.
+      fulfilled: probability of each wish to be told as it is, and not with a mistake.
       agreeing: probability of each sentence to agree with those before it.
+      fillers: probability, before each wish and at the end, of a sentence that nobody asked for.
     """
     world = World(request.people)
     events: list[Event] = []
@@ -61,12 +71,13 @@ def draw_story(
         events.append(event)
 
     for wish in request.wishes:
-        if len(events) < 3 and rng.random() < 1 / 3:
+        if rng.random() < fillers:
             tell(_filler(rng, world, request))
-        if rng.random() < fulfilled and not world.fulfills(wish):
-            for event in _steps(rng, world, wish):
+        told = wish if rng.random() < fulfilled else _mistaken(rng, wish, request)
+        if told is not None and not world.fulfills(told):
+            for event in _steps(rng, world, told):
                 tell(event)
-    while len(events) < 3:
+    if not events or rng.random() < fillers:
         tell(_filler(rng, world, request))
     return " ".join(event.sentence() for event in events)
 
@@ -80,6 +91,8 @@ def _steps(rng: random.Random, world: World, wish: Wish) -> Iterator[Event]:
         yield Event("went", wish.words)
     elif wish.form == "feels":
         yield Event("was", wish.words)
+    elif wish.form == "meets":
+        yield Event("met", wish.words)
     else:
         thing = others[0]
         other = next(each for each in world.people if each != person)
@@ -87,25 +100,40 @@ def _steps(rng: random.Random, world: World, wish: Wish) -> Iterator[Event]:
             yield Event(
                 "took", (other, world.color.get(thing) or rng.choice(COLORS), thing)
             )
-        if not world.are_together():
-            place = world.place.get(other)
-            mover, place = (person, place) if place else (other, world.place[person])
-            yield Event("went", (mover, place))
         yield Event("gave", (other, thing, person))
 
 
+def _mistaken(rng: random.Random, wish: Wish, request: Request) -> Wish | None:
+    """Returns what a writer tells who misread a wish: another word, or nothing of a meeting."""
+    person, *others = wish.words
+    if rng.random() < OMITTED:
+        return None
+    if wish.form == "meets":  # somebody whom nobody asked for
+        strangers = [each for each in PEOPLE if each not in request.people]
+        return Wish(wish.form, (person, rng.choice(strangers)))
+    kinds = {"takes": COLORS, "gets": THINGS, "ends": PLACES, "feels": MOODS}[wish.form]
+    changed = list(wish.words)
+    if rng.random() < 1 / 2:  # the other person
+        changed[0] = next(each for each in request.people if each != person)
+    else:
+        changed[1] = rng.choice([word for word in kinds if word != others[0]])
+    return Wish(wish.form, tuple(changed))
+
+
 def _filler(rng: random.Random, world: World, request: Request) -> Event:
-    """Returns an event that can happen and that no wish is about."""
+    """Returns an event that can happen, that no wish is about, and that keeps none from coming
+    true.
+    """
     words = {word for wish in request.wishes for word in wish.words}
+    together = any(wish.form in ("gets", "meets") for wish in request.wishes)
     while True:
         event = _any_event(rng, world.people)
         about_wish = event.form in ("went", "was") and event.words[0] in words
         about_wish |= event.form == "took" and event.words[-1] in words
-        if (
-            not about_wish
-            and event.form not in ("lost", "gave")
-            and world.agrees(event)
-        ):
+        separates = event.form == "went" and together
+        if about_wish or separates or request.asks_for(event):
+            continue
+        if event.form not in ("lost", "gave") and world.agrees(event):
             return event
 
 

@@ -1,10 +1,10 @@
 """Stories in a small world: requests for them, and what a story is worth.
 
 A story is a few sentences about two people who go to places, take and give things, meet and have
-moods. A request says what must happen in it. Whether a story does that, and whether its sentences
-agree with each other, is decided by following it (`worth`): the gold reward of the studies. No
-length and no word makes a story good, since what is asked for differs between requests; a model
-has to read the request and to keep track of who is where and has what.
+moods. A request says what must happen in it. Whether a story tells that and nothing else, and
+whether its sentences agree with each other, is decided by following it (`worth`): the gold reward
+of the studies. No length and no word makes a story good, since what is asked for differs between
+requests; a model has to read the request and to keep track of who is where and has what.
 """
 
 import dataclasses
@@ -54,13 +54,14 @@ class Event(NamedTuple):
 class Wish(NamedTuple):
     """What a request asks for."""
 
-    form: str  # takes, gets, ends or feels
+    form: str  # a key of WISHES
     words: tuple[str, ...]
 
     def sentence(self) -> str:
         texts = {
             "takes": "{} took a {} {}.",
             "gets": "{} had the {}.",
+            "meets": "{} met {}.",
             "ends": "{} went to {}.",
             "feels": "{} was {}.",
         }
@@ -72,6 +73,7 @@ class Wish(NamedTuple):
 WISHES = {
     "takes": re.compile(r"(\w+) took a (\w+) (\w+)\."),
     "gets": re.compile(r"(\w+) had the (\w+)\."),
+    "meets": FORMS["met"],
     "ends": re.compile(r"(\w+) went to (\w+)\."),
     "feels": re.compile(r"(\w+) was (\w+)\."),
 }
@@ -87,6 +89,21 @@ class Request(NamedTuple):
     def text(self) -> str:
         about = "Tell a story about {} and {}.".format(*self.people)
         return " ".join([about, *(wish.sentence() for wish in self.wishes)])
+
+    def asks_for(self, event: Event) -> bool:
+        """Returns whether an event fulfills a wish, or is a step towards it."""
+        return any(_leads_to(event, wish) for wish in self.wishes)
+
+
+def _leads_to(event: Event, wish: Wish) -> bool:
+    if wish.form == "gets":
+        person, thing = wish.words
+        taken = event.form == "took" and event.words[-1] == thing
+        return taken or (event.form == "gave" and event.words[1:] == (thing, person))
+    if wish.form == "meets":
+        return event.form == "met"
+    form = {"takes": "took", "ends": "went", "feels": "was"}[wish.form]
+    return event == Event(form, wish.words)
 
 
 # ------------------------------------------------------------------ the world
@@ -137,6 +154,8 @@ class World:
             return Event("took", wish.words) in self.events
         if wish.form == "gets":
             return self.holder.get(others[0]) == first
+        if wish.form == "meets":
+            return any(event.form == "met" for event in self.events)
         if wish.form == "ends":
             return self.place.get(first) == others[0]
         return self.mood.get(first) == others[0]
@@ -206,19 +225,24 @@ def read_story(text: str) -> list[Event | None]:
 
 
 def worth(request: Request, story: str) -> float:
-    """Returns the share of the wishes that come true, times the share of sentences that agree.
+    """Returns the share of the wishes that come true, times the share of sentences that serve them.
 
-    A sentence agrees if it can be read, is about the people of the request, and can happen after
-    what was told before; sentences after the eighth do not. An empty story is worth 0.
+    A sentence serves if it can be read, is about the people of the request, can happen after what
+    was told before, and is asked for; sentences after the eighth do not. An empty story is worth 0.
+    Without the last condition length alone was right on 63 % of the pairs, since a longer story
+    fulfills more, and words such as "gave" on 68 %.
     """
     events = read_story(story)
     if not events or not request.wishes:
         return 0.0
     world = World(request.people)
     told = events[:MOST_SENTENCES]
-    agreed = sum(event is not None and world.follow(event) for event in told)
+    served = sum(
+        event is not None and world.follow(event) and request.asks_for(event)
+        for event in told
+    )
     fulfilled = sum(map(world.fulfills, request.wishes)) / len(request.wishes)
-    return fulfilled * agreed / len(events)
+    return fulfilled * served / len(events)
 
 
 def score(prompt: str, response: str) -> float:

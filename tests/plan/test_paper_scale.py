@@ -32,7 +32,7 @@ UNPLANNED = {
     ),
     *("quickstart/recipe.py", "quickstart/stages.py", "smollm2/recipe.py"),
     *("chitchat_ratings/recipe.py", "chinese/recipe.py", "prepare/recipe.py"),
-    "human/recipe.py",
+    *("human/recipe.py", "instructgpt/figure1.py"),
     "lightman2023/prm.py",
 }
 
