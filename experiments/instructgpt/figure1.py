@@ -4,7 +4,8 @@ Paper: Ouyang et al. 2022 (arXiv 2203.02155), figure 1: the 1.3B PPO-ptx model i
   175B GPT-3 with a prompt; Stiennon et al. 2020 (arXiv 2009.01325): a policy of human feedback is
   preferred to a supervised model ten times larger. People judged there; here a program does, in a
   world of stories (gold:stories), and the largest model is eight times the smallest.
-Command: rlhfjax sweep --config=experiments/instructgpt/figure1.py --workdir=runs/instructgpt/figure1
+Command: rlhfjax sweep --config=experiments/instructgpt/figure1.py
+    --workdir=runs/instructgpt/figure1
 Variants: :size=s,method=ppo_ptx,seed=0 is one run of it.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
