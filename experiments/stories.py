@@ -16,6 +16,7 @@ GOLD = "gold:stories"
 VOCAB = 512
 LENGTH = 224  # of a row: two solved requests, a third and its story
 PROMPT, RESPONSE = 40, 48
+TESTED = 512  # requests of an evaluation
 SAMPLING = {
     "prompt_length": PROMPT,
     "max_new_tokens": RESPONSE,
@@ -178,7 +179,7 @@ def evaluate(seed: int, policy: str, baseline: str, **changes: Any) -> ConfigDic
         "policy": policy,
         "baseline": baseline,
         "gold": GOLD,
-        "prompts": {"source": source("", "test"), "limit": 512},
+        "prompts": {"source": source("", "test"), "limit": TESTED},
         "batch_size": 128,
         "seed": seed + 1000,
         **SAMPLING,

@@ -134,7 +134,7 @@ def test_a_faultless_story_is_worth_one_and_the_others_are_worth_less():
 def test_neither_length_nor_words_tell_a_good_story():
     """On half of the requests ten words are chosen, and tried on the other half."""
     rng, rows = random.Random(4), []
-    for _ in range(1000):
+    for _ in range(2000):
         request = draw.draw_request(rng)
         told = [draw.draw_story(rng, request, **draw.LABELERS) for _ in range(4)]
         scores = [world.worth(request, story) for story in told]
@@ -142,7 +142,7 @@ def test_neither_length_nor_words_tell_a_good_story():
     length, _, ten_words = (
         float(line.split("%")[0]) for line in gold.report(rows)[1:4]
     )
-    assert length < 55 and ten_words < 58
+    assert length < 55 and ten_words < 55
 
 
 def first(builder, split, n):

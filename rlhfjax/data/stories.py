@@ -16,7 +16,7 @@ class Stories(Corpus):
 
     name = "stories"
     LICENSE = "Apache-2.0"
-    VERSION = tfds.core.Version("1.4.0")  # grows when other stories are drawn
+    VERSION = tfds.core.Version("1.5.0")  # grows when other stories are drawn
     SIZES: ClassVar[dict[str, int]] = {
         "train": 12_000,
         "validation": 600,
