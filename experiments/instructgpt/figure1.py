@@ -1,9 +1,10 @@
 """InstructGPT's figure 1 at small scale: a small PPO-ptx model against larger ones.
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), figure 1: the 1.3B PPO-ptx model is preferred to the
-  175B GPT-3 (tested here against the base with a prompt, which is better); Stiennon et al. 2020 (arXiv 2009.01325): a policy of human feedback is
-  preferred to a supervised model ten times larger. People judged there; here a program does, in a
-  world of stories (gold:stories), and the largest model is eight times the smallest.
+  175B GPT-3; here the base is prompted, which makes it better. Stiennon et al. 2020 (arXiv
+  2009.01325): a policy of human feedback is preferred to a supervised model ten times larger.
+  People judged there. Here a program does, in a world of stories (gold:stories), and the largest
+  model is eight times the smallest.
 Command: rlhfjax sweep --config=experiments/instructgpt/figure1.py
     --workdir=runs/instructgpt/figure1
 Variants: :size=s,method=ppo_ptx,seed=0 is one run of it.
