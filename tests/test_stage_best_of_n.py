@@ -91,6 +91,12 @@ def test_what_predicts_the_gold_reward_is_on_every_line(
         assert 0 <= line["best_of_n/gold_ten_words_accuracy"] <= 1
 
 
+def test_the_share_of_distinct_responses():
+    """Two of three and three of three."""
+    pool = {"answer": np.array([[4, 4, 9], [1, 2, 3]])}
+    assert best_of_n.distinct(pool) == pytest.approx((2 / 3 + 1) / 2)
+
+
 def test_scores_are_those_of_the_answers(run):
     scorer = Sentiment()
     rows, samples = read(run / "scores.jsonl"), read(run / "samples.jsonl")
@@ -115,6 +121,89 @@ def test_answers_differ_within_a_pool_and_do_not_depend_on_the_run(
     recipe.run_stage(values(conversations, finished), tmp_path / "again")
     for file in ("metrics.jsonl", "scores.jsonl", "samples.jsonl"):
         assert (tmp_path / "again" / file).read_bytes() == (run / file).read_bytes()
+
+
+def test_saved_pools_are_scored_as_they_were(conversations, finished, tmp_path):
+    """Another proxy on the same responses: all that is not the proxy's stays."""
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    recipe.run_stage(values(conversations, finished, save_responses=True), first)
+    saved = {"gold": "", "responses": str(first)}
+    recipe.run_stage(values(conversations, finished, **saved), again)
+    for file in ("metrics.jsonl", "scores.jsonl", "samples.jsonl"):
+        assert (again / file).read_bytes() == (first / file).read_bytes()
+    saved["proxy"] = "gold:sentiment"
+    recipe.run_stage(values(conversations, finished, seed=9, **saved), other)
+    old, new = read(first / "scores.jsonl"), read(other / "scores.jsonl")
+    for before, after in zip(old, new, strict=True):
+        for name in ("prompt", "gold", "length", "answer", "cut"):
+            assert after[name] == before[name]
+        assert after["proxy"] == before["gold"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pool": 5}, r"it has 30 responses; expected 25, best_of_n.pool=5 per prompt"),
+        ({"prompt_length": 23}, r"max_new_tokens are \(24, 8\); expected \(23, 8\)"),
+        ({"max_new_tokens": 7}, r"max_new_tokens are \(24, 8\); expected \(24, 7\)"),
+        ({"prompts": "train.jsonl"}, "its prompts are others than best_of_n.prompts"),
+        ({"gold": "gold:sentiment"}, "best_of_n.gold and save_responses must be left out"),
+        ({"save_responses": True}, "best_of_n.gold and save_responses must be left out"),
+    ],
+)
+def test_saved_pools_of_something_else_are_refused(
+    changes, message, conversations, finished, tmp_path
+):
+    first, config = tmp_path / "first", values(conversations, finished, gold="")
+    if "gold" not in changes and "save_responses" not in changes:
+        with_gold = values(conversations, finished, save_responses=True)
+        recipe.run_stage(with_gold, first)
+    if "prompts" in changes:
+        spec = f"jsonl:{conversations}/{changes['prompts']}"
+        config["prompts"]["source"]["spec"] = spec
+        changes = {}
+    config |= {"responses": str(first)} | changes
+    with pytest.raises(ConfigError, match=message):
+        recipe.run_stage(config, tmp_path / "run")
+
+
+def test_damaged_or_missing_pools_are_one_line(conversations, finished, tmp_path):
+    config = values(conversations, finished, gold="", responses=str(tmp_path))
+    with pytest.raises(DataError, match="responses.npz: not found; a best_of_n stage"):
+        recipe.run_stage(config, tmp_path / "run")
+    (tmp_path / "responses.npz").write_bytes(b"PK nothing")
+    with pytest.raises(DataError, match="responses.npz: is damaged"):
+        recipe.run_stage(config, tmp_path / "run")
+    config = values(conversations, finished, gold="", save_responses=True)
+    with pytest.raises(ConfigError, match="save_responses=True: expected best_of_n.gold"):
+        recipe.run_stage(config, tmp_path / "run")
+
+
+def test_the_tilt_stands_beside_the_curve_where_the_pool_tells_it(
+    conversations, finished, tmp_path
+):
+    """Recomputed from the scores with the beta found by a plain search."""
+    run = tmp_path / "run"
+    recipe.run_stage(values(conversations, finished, pool=40, batch_size=40), run)
+    proxy = np.array([row["proxy"] for row in read(run / "scores.jsonl")])
+    gold = np.array([row["gold"] for row in read(run / "scores.jsonl")])
+    lines = read(run / "metrics.jsonl")
+    told = [line["step"] for line in lines if "best_of_n/tilt_proxy" in line]
+    assert told == [1, 2, 4]  # log 40 - 3 = 0.69; best of 4 has 0.64
+    weights = {
+        scale: np.exp(scale * (proxy - proxy.max(1, keepdims=True)))
+        for scale in np.linspace(0, 40, 20_001)
+    }
+    weights = {s: w / w.sum(1, keepdims=True) for s, w in weights.items()}
+    kls = [np.mean(np.sum(w * np.log(40 * w + 1e-300), 1)) for w in weights.values()]
+    for line in lines[:3]:
+        near = np.argmin(np.abs(np.array(kls) - line["best_of_n/kl"]))
+        w = list(weights.values())[near]
+        expected = {"proxy": np.mean(np.sum(w * proxy, 1))}
+        expected["gold"] = np.mean(np.sum(w * gold, 1))
+        for name, value in expected.items():
+            assert line[f"best_of_n/tilt_{name}"] == pytest.approx(value, abs=3e-3)
+        assert line["best_of_n/tilt_proxy"] >= line["best_of_n/proxy"] - 1e-6
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -147,7 +236,7 @@ def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path)
     metrics = recipe.run_stage(
         values(conversations, finished, gold="", pool=2), tmp_path / "run"
     )
-    names = ["proxy", "kl", "kl_pool", "prompts_cut"]
+    names = ["proxy", "kl", "kl_pool", "prompts_cut", "distinct_responses"]
     names += ["data_skipped_rows", "data_merged_turns"]
     assert metrics.keys() == {f"best_of_n/{name}" for name in names}
 

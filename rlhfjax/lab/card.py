@@ -111,11 +111,17 @@ class Figure:
     """The conditions to draw; empty: all."""
     lines: Mapping[str, Mapping[str, Number]] = dataclasses.field(default_factory=dict)
     """For a value: {label of a line: {condition: its x}}; empty: conditions stand side by side."""
+    beside: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """{label: (x, y)} of further kept curves, over the runs of all conditions; goes with `x`."""
     paper: Shape | str = ""
     """The paper's figure: its shape, or in words."""
 
     def __post_init__(self) -> None:
         _validate_scale(self.x_scale)
+        if self.beside and not self.x:
+            raise ConfigError(
+                "study: drawing: beside goes with x; a value has no kept curve"
+            )
         if self.x and self.lines:
             raise ConfigError(
                 "study: drawing: lines go with a value, not with x; conditions are the lines"
@@ -255,7 +261,8 @@ def _validate_drawing(study: Study, drawing: Figure) -> None:
     if not drawing.x:
         _validate_known([drawing.y], study.values, f"{where}: y: value")
         return
-    series = [drawing.y] if drawing.x == "step" else [drawing.x, drawing.y]
+    pairs = [(drawing.x, drawing.y), *drawing.beside.values()]
+    series = [name for pair in pairs for name in pair if name != "step"]
     _validate_known(series, study.curves, f"{where}: curve")
 
 

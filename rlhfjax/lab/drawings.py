@@ -86,9 +86,12 @@ def _draw_paper(axes: Axes, label: str, i: int, x: np.ndarray, y: np.ndarray) ->
 
 
 def _curves(card: Figure, found: Sequence[Outcome]) -> Iterable[Line]:
-    """Yields a line per condition: means over the seeds at equal steps, of x and of y."""
-    for condition, outcomes_here in _by_condition(found, card.conditions).items():
-        seeds = {x.seed: _points(card, x) for x in outcomes_here}
+    """Yields a line per condition, then those beside them: means over the seeds at equal steps."""
+    by_condition = _by_condition(found, card.conditions)
+    drawn = [(name, card.x, card.y, here) for name, here in by_condition.items()]
+    drawn += [(name, x, y, found) for name, (x, y) in card.beside.items()]
+    for label, x_name, y_name, here in drawn:
+        seeds = {outcome.seed: _points(outcome, x_name, y_name) for outcome in here}
         seeds = {seed: points for seed, points in seeds.items() if len(points[0])}
         if not seeds:
             continue
@@ -97,17 +100,19 @@ def _curves(card: Figure, found: Sequence[Outcome]) -> Iterable[Line]:
         x = np.array([x[:shared] for x, _ in seeds.values()])
         y = np.array([y[:shared] for _, y in seeds.values()])
         mean, half = _band(y)
-        yield Line(condition, x.mean(axis=0), seeds, mean, half)
+        yield Line(label, x.mean(axis=0), seeds, mean, half)
 
 
-def _points(card: Figure, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+def _points(
+    outcome: Outcome, x_name: str, y_name: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the points of a run at the steps that both of its curves have."""
-    if card.y not in outcome.curves:
+    if y_name not in outcome.curves:
         return np.zeros(0), np.zeros(0)
-    y = _by_step(outcome.curves[card.y])
+    y = _by_step(outcome.curves[y_name])
     x = {step: step for step in y}
-    if card.x != "step":
-        x = _by_step(outcome.curves.get(card.x, ([], [])))
+    if x_name != "step":
+        x = _by_step(outcome.curves.get(x_name, ([], [])))
     shared = [step for step in y if step in x]
     return (
         np.array([x[step] for step in shared]),

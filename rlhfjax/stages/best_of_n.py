@@ -4,9 +4,11 @@ A pool of N responses to every held-out prompt gives, for n = 1, 2, 4 .. N, the 
 both rewards of the response that the proxy likes best (Nakano et al. 2021, appendix I), against
 KL = log n - (n - 1) / n.
 
-metrics.jsonl   one line per n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut, …}
+metrics.jsonl   one line per n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut, …};
+                beside it tilt_{proxy, gold}, what the best policy at that KL would reach
 scores.jsonl    one line per prompt: proxy, gold and length of every response, to recompute it all
 samples.jsonl   one line per prompt: the best response of its pool, and a plain sample
+responses.npz   with `save_responses`: the pools with their gold scores, for other proxies
 """
 
 import dataclasses
@@ -19,17 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlhfjax import hosts
+from rlhfjax import hosts, paths
 from rlhfjax.algos.best_of_n import (
     best_of_n_distribution,
     best_of_n_kl,
     best_of_n_reward,
+    tilt_at_kl,
 )
 from rlhfjax.data import loader
 from rlhfjax.data.batches import PromptBatch, take
 from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.sources import Source
 from rlhfjax.evals import stats
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evals.words import substitutes
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
@@ -41,8 +45,10 @@ from rlhfjax.progress import Progress
 from rlhfjax.ranges import PositiveTemperature, Seed, Size
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import Reward, texts
+from rlhfjax.rl import pools as saved_pools
 from rlhfjax.rl.config import PromptConfig, sampling_workload, validate_sampling
 from rlhfjax.rl.placement import job_placement
+from rlhfjax.rl.pools import SavedPools
 from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.rollout import Rollout
 from rlhfjax.roles import Role, scorers
@@ -50,6 +56,7 @@ from rlhfjax.sampling.config import Sampling, SamplingConfig
 from rlhfjax.stages.evaluate import SAMPLES, sample_rows
 
 SCORES = "scores.jsonl"
+TILT_ROOM = 3.0  # nats below log N, up to which a pool tells the tilt
 # "proxy", "gold", "length" and "answer" [p, N], "cut" [p], as scores.jsonl names them. "answer" is
 # an id that equal responses share.
 Pool = dict[str, np.ndarray]
@@ -70,6 +77,11 @@ class Config(SamplingConfig):
     """Held-out prompts."""
     pool: Size = 64
     """N, responses per prompt (Gao et al. 2022: up to 60,000)."""
+    save_responses: bool = False
+    """Saves the pools for other proxies."""
+    responses: str = ""
+    """Workdir of a best_of_n stage that saved its pools: they are scored, with the gold scores that
+    they have. Empty: responses are sampled."""
     temperature: PositiveTemperature = 1.0
     """Sampling temperature."""
     batch_size: Size = 64
@@ -92,7 +104,17 @@ def validate(
     config: Config, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
     """Validates the config. Raises ConfigError."""
-    layout.validate_batch(config.batch_size, "best_of_n.batch_size")
+    where = "best_of_n"
+    if config.responses and (config.gold or config.save_responses):
+        raise ConfigError(
+            f"{where}.responses={config.responses}: {where}.gold and save_responses must be"
+            " left out; the pools have their gold scores"
+        )
+    if config.save_responses and not config.gold:
+        raise ConfigError(
+            f"{where}.save_responses=True: expected {where}.gold, whose scores are saved"
+        )
+    layout.validate_batch(config.batch_size, f"{where}.batch_size")
     validate_sampling(config, layout, model_config, _samples_per_prompt(config))
 
 
@@ -111,7 +133,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         config.prompts, "best_of_n.prompts", policy.tokenizer, config.seed
     )
     with layout.use():
-        prompts, responses, pool = _pools(config, source, policy, rewards, layout)
+        prompts, responses, pool = _pools(
+            config, source, policy, rewards, layout, workdir
+        )
     for name in rewards:
         context = f"best_of_n.{name}={label(getattr(config, name))}"
         stats.validate_scores(pool[name], context)
@@ -123,15 +147,14 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         baseline=_picked(responses, pool, np.zeros_like(best)),
     )
     write_jsonl(workdir / SAMPLES, rows)
-    baselines: dict[str, float] = {}
-    if config.gold:
-        baselines = substitutes(responses, pool["length"], pool["gold"])
+    of_pool = {"distinct_responses": distinct(pool), "prompts_cut": float(pool["cut"].mean())}
+    if "gold" in pool:
+        found = substitutes(responses, pool["length"], pool["gold"])
+        of_pool |= {f"gold_{name}": value for name, value in found.items()}
     metrics: dict[str, float] = {}
     with Writer(workdir) as writer:
         for n in sizes(config.pool):
-            point = curve_point(pool, n)
-            point["prompts_cut"] = float(pool["cut"].mean())
-            point |= {f"gold_{name}": value for name, value in baselines.items()}
+            point = curve_point(pool, n) | of_pool
             metrics = {f"best_of_n/{name}": value for name, value in point.items()}
             metrics |= data_metrics(source, "best_of_n")
             writer.write(n, metrics)
@@ -142,6 +165,11 @@ def sizes(pool: int) -> list[int]:
     """Returns 1, 2, 4 .. and the pool's size."""
     powers = [2**i for i in range(pool.bit_length()) if 2**i < pool]
     return [*powers, pool]
+
+
+def distinct(pool: Pool) -> float:
+    """Returns the share of distinct responses among those to one prompt, mean over prompts."""
+    return float(np.mean([len(set(row)) / len(row) for row in pool["answer"].tolist()]))
 
 
 def curve_point(pool: Pool, n: int) -> dict[str, float]:
@@ -162,7 +190,26 @@ def curve_point(pool: Pool, n: int) -> dict[str, float]:
             point[name] = float(np.mean(np.asarray(rewards, np.float64)))
     rows = zip(pool["answer"], pool["proxy"], strict=True)
     kls = [pool_kl(*row, n=n) for row in rows]
-    return point | {"kl": best_of_n_kl(n), "kl_pool": float(np.mean(kls))}
+    point |= {"kl": best_of_n_kl(n), "kl_pool": float(np.mean(kls))}
+    return point | tilt_point(pool, point["kl"])
+
+
+def tilt_point(pool: Pool, kl: float) -> dict[str, float]:
+    """Returns what the tilt by the proxy reaches at a KL, mean over prompts.
+
+    tilt_proxy, tilt_gold: no policy has a higher proxy reward at this KL (`tilt_at_kl`). They are
+      left out where the pool does not tell them: above log N - TILT_ROOM.
+    """
+    size = pool["proxy"].shape[1]
+    reachable = kl <= math.log(size) - TILT_ROOM
+    weights = tilt_at_kl(pool["proxy"], kl) if reachable else None
+    if weights is None:
+        return {}
+    return {
+        f"tilt_{name}": float(np.mean(np.sum(weights * pool[name], axis=1)))
+        for name in ("proxy", "gold")
+        if name in pool
+    }
 
 
 def pool_kl(
@@ -192,6 +239,7 @@ def _pools(
     policy: store.SavedModel,
     rewards: dict[str, Reward],
     layout: Layout,
+    workdir: Path,
 ) -> tuple[list[str], list[list[str]], Pool]:
     """Returns the texts of prompts [p] and of their responses [p][N], and the pools."""
     encoded = next(
@@ -204,16 +252,25 @@ def _pools(
         )
     )
     total = len(source) * config.pool
+    saved = _saved(config, encoded, total)
+    kept: list[Rollout] = []
     prompts: list[str] = []
     responses: list[str] = []
     ids: list[bytes] = []
     scores: dict[str, list[float]] = {name: [] for name in (*rewards, "length")}
+    batches = (
+        _sampled(config, policy, encoded, total, layout)
+        if saved is None
+        else _read(config, saved, layout)
+    )
     with Progress(total, "responses", title="best_of_n") as progress:
-        for rollout, count in _rollouts(config, policy, encoded, total, layout):
+        for rollout, count in batches:
             rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
             for name, reward in rewards.items():
                 scores[name] += hosts.whole(reward(*rows))[:count].tolist()
             rollout = hosts.whole(rollout)
+            if config.save_responses:
+                kept.append(rollout)
             batch_prompts, batch_responses = texts(
                 policy.tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
             )
@@ -224,9 +281,15 @@ def _pools(
                 ids.append(row[keep > 0].tobytes())
             del ids[len(responses) :]
             progress.update(len(responses), count=count)
+    if config.save_responses:
+        saved_pools.write(workdir, saved_pools.collected(kept, scores["gold"]))
+    if saved is not None:
+        scores["gold"] = saved.gold.tolist()
     shape = (len(source), config.pool)
     pool: Pool = {
-        name: np.array(x, np.float64).reshape(shape) for name, x in scores.items()
+        name: np.array(scores[name], np.float64).reshape(shape)
+        for name in ("proxy", "gold", "length")
+        if name in scores
     }
     pool["length"] = pool["length"].astype(np.int64)
     _, distinct = np.unique(np.array(ids, object), return_inverse=True)
@@ -237,7 +300,45 @@ def _pools(
     return prompts[:: config.pool], grouped, pool
 
 
-def _rollouts(
+def _saved(config: Config, prompts: PromptBatch, total: int) -> SavedPools | None:
+    """Returns the pools that the config names; None if it names none.
+
+    Raises:
+      ConfigError: they are of other prompts, or of other sizes.
+    """
+    if not config.responses:
+        return None
+    saved = saved_pools.read(paths.path(config.responses))
+    where = f"best_of_n.responses={config.responses}"
+    if len(saved.tokens) != total:
+        raise ConfigError(
+            f"{where}: it has {len(saved.tokens):,} responses; expected {total:,},"
+            f" best_of_n.pool={config.pool} per prompt"
+        )
+    shape = (config.prompt_length, config.max_new_tokens)
+    length = saved.mask.shape[1]
+    there = (saved.tokens.shape[1] - length, length)
+    if there != shape:
+        raise ConfigError(
+            f"{where}: its prompt_length and max_new_tokens are {there}; expected {shape}"
+        )
+    first = saved.tokens[:: config.pool, : config.prompt_length]
+    if not np.array_equal(first, prompts.tokens):
+        raise ConfigError(f"{where}: its prompts are others than best_of_n.prompts")
+    return saved
+
+
+def _read(
+    config: Config, saved: SavedPools, layout: Layout
+) -> Iterator[tuple[Rollout, int]]:
+    """Yields what `_sampled` yields, from saved pools."""
+    total = len(saved.tokens)
+    for first in range(0, total, config.batch_size):
+        rollout = layout.put(saved.rollout(first, config.batch_size))
+        yield rollout, min(config.batch_size, total - first)
+
+
+def _sampled(
     config: Config,
     policy: store.SavedModel,
     prompts: PromptBatch,

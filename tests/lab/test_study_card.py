@@ -44,6 +44,11 @@ BAD = {
         drawing=drawing(lines={"l": {"d": 1}})
     ),
     "x_scale='cubic'": lambda: drawing(x_scale="cubic"),
+    "beside goes with x": lambda: drawing(beside={"l": ("a", "b")}),
+    "curve 'kl' is unknown; known: gold": lambda: study(
+        drawing=drawing(x="step", y="gold", beside={"l": ("step", "kl")}),
+        curves=("gold",),
+    ),
     "lines go with a value": lambda: drawing(x="step", lines={"l": {"a": 1.0}}),
     "expected points (x, y)": lambda: Shape(lines={"l": ((1, 2, 3),)}),
     "expected finite numbers": lambda: Shape(lines={"l": ((1, float("nan")),)}),

@@ -144,6 +144,18 @@ def test_the_curves_of_the_figure():
     assert {row["line"] for row in rows} == {"a", "b"}
 
 
+def test_a_curve_beside_the_conditions():
+    """One line over the runs of all conditions, a run per seed."""
+    beside = {"frontier": ("gold", "kl")}
+    drawing = Figure(x="kl", y="gold", title="t", conditions=("b",), beside=beside)
+    rows = table(drawings.figure(study(curves=("kl", "gold"), drawing=drawing), FOUND))
+    assert {row["line"] for row in rows} == {"b", "frontier"}
+    one = [row for row in rows if (row["line"], row["seeds"]) == ("frontier", "seed=0")]
+    run = next(x for x in reversed(FOUND) if x.seed == "seed=0")
+    points = [(float(row["x"]), float(row["y"])) for row in one]
+    assert points == list(zip(run.curve("gold"), run.curve("kl"), strict=True))
+
+
 def test_points_that_are_not_finite_or_without_partner_are_left_out():
     card = study(curves=("kl", "gold"), drawing=Figure(x="kl", y="gold", title="t"))
     run = outcome("a", 0, (0.0, np.nan, 0.5))
