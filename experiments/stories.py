@@ -24,6 +24,7 @@ SAMPLING = {
 }
 # Width and layers; found by pilots, as are all numbers here, see LOG.md.
 SIZES = {"s": (48, 3), "m": (80, 3), "l": (128, 4)}
+SMALLER = {"xxs": (16, 1), "xs": (32, 2)}  # of reward models
 RATE, STEPS = 2e-3, 4000  # of pretraining
 DTYPE = "float32"  # the same numbers on every machine
 
@@ -54,19 +55,17 @@ def optim(rate: float, warmup: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer() -> ConfigDict:
-    return stage_config(
-        "tokenizer", sources=(source("forum", "train"),), vocab_size=VOCAB
-    )
+def tokenizer(**changes: Any) -> ConfigDict:
+    options = {"sources": (source("forum", "train"),), "vocab_size": VOCAB}
+    return stage_config("tokenizer", **options | changes)
 
 
-def pretrain(size: str) -> ConfigDict:
-    """Returns the base of a size: the same for all seeds and studies."""
-    width, layers = SIZES[size]
-    return stage_config(
-        "pretrain",
-        tokenizer="stage:tokenizer",
-        model={
+def pretrain(size: str, **changes: Any) -> ConfigDict:
+    """Returns the base of a size: without changes the same for all seeds and studies."""
+    width, layers = (SIZES | SMALLER)[size]
+    options = {
+        "tokenizer": "stage:tokenizer",
+        "model": {
             "vocab_size": VOCAB,
             "d_model": width,
             "n_layers": layers,
@@ -75,15 +74,16 @@ def pretrain(size: str) -> ConfigDict:
             "max_length": LENGTH,
             "dtype": DTYPE,
         },
-        sources=(source("forum", "train"),),
-        eval_sources=(source("forum", "validation"),),
-        eval_batches=4,
-        length=LENGTH,
-        batch_size=10,
-        seed=0,
-        optim=optim(RATE, warmup=100),
+        "sources": (source("forum", "train"),),
+        "eval_sources": (source("forum", "validation"),),
+        "eval_batches": 4,
+        "length": LENGTH,
+        "batch_size": 10,
+        "seed": 0,
+        "optim": optim(RATE, warmup=100),
         **loop(STEPS),
-    )
+    }
+    return stage_config("pretrain", **options | changes)
 
 
 def sft(size: str, seed: int, steps: int = 400) -> ConfigDict:
@@ -134,19 +134,19 @@ def collect(size: str, seed: int, prompts: int = 4096) -> ConfigDict:
     )
 
 
-def reward(size: str, seed: int, prompts: int = 4096) -> ConfigDict:
+def reward(size: str, seed: int, prompts: int = 4096, **changes: Any) -> ConfigDict:
     """Returns a reward model of a size on the rankings, from its SFT, for one epoch."""
-    return stage_config(
-        "reward",
-        init_from=f"stage:sft_{size}",
-        preferences=("stage:collect/preferences",),
-        length=PROMPT + RESPONSE,
-        batch_size=16,
-        seed=seed,
-        normalize="mean_std",
-        optim=optim(1e-3, warmup=20, weight_decay=0.0),
+    options = {
+        "init_from": f"stage:sft_{size}",
+        "preferences": ("stage:collect/preferences",),
+        "length": PROMPT + RESPONSE,
+        "batch_size": 16,
+        "seed": seed,
+        "normalize": "mean_std",
+        "optim": optim(1e-3, warmup=min(20, prompts // 64), weight_decay=0.0),
         **loop(prompts // 16),
-    )
+    }
+    return stage_config("reward", **options | changes)
 
 
 def ppo(size: str, seed: int, **changes: Any) -> ConfigDict:

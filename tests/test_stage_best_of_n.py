@@ -147,8 +147,14 @@ def test_saved_pools_are_scored_as_they_were(conversations, finished, tmp_path):
         ({"prompt_length": 23}, r"max_new_tokens are \(24, 8\); expected \(23, 8\)"),
         ({"max_new_tokens": 7}, r"max_new_tokens are \(24, 8\); expected \(24, 7\)"),
         ({"prompts": "train.jsonl"}, "its prompts are others than best_of_n.prompts"),
-        ({"gold": "gold:sentiment"}, "best_of_n.gold and save_responses must be left out"),
-        ({"save_responses": True}, "best_of_n.gold and save_responses must be left out"),
+        (
+            {"gold": "gold:sentiment"},
+            "best_of_n.gold and save_responses must be left out",
+        ),
+        (
+            {"save_responses": True},
+            "best_of_n.gold and save_responses must be left out",
+        ),
     ],
 )
 def test_saved_pools_of_something_else_are_refused(
@@ -175,7 +181,9 @@ def test_damaged_or_missing_pools_are_one_line(conversations, finished, tmp_path
     with pytest.raises(DataError, match="responses.npz: is damaged"):
         recipe.run_stage(config, tmp_path / "run")
     config = values(conversations, finished, gold="", save_responses=True)
-    with pytest.raises(ConfigError, match="save_responses=True: expected best_of_n.gold"):
+    with pytest.raises(
+        ConfigError, match="save_responses=True: expected best_of_n.gold"
+    ):
         recipe.run_stage(config, tmp_path / "run")
 
 

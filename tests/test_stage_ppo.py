@@ -5,6 +5,7 @@ Six tokens, two prompts, few responses.
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -1062,3 +1063,39 @@ def test_what_cannot_be_meant_is_refused(message):
         one = make_layout(MeshConfig(), jax.devices()[:1])
         ppo.validate(recipe.check(to_dict(values), "ppo"), one, None)
     assert "\n" not in str(refused.value) and "ppo" in str(refused.value)
+
+
+def test_the_loss_on_held_out_text_is_that_of_an_evaluation(
+    conversations, finished, tmp_path
+):
+    """The loss that PPO logs at its end, and `evaluate` on the saved policy."""
+    spec = f"jsonl:{conversations}/test.jsonl"
+    source = {"spec": spec, "kind": "messages", "split": "all"}
+    values = stage_values("ppo", conversations, finished)
+    text = {"sources": (source,), "length": 28, "batches": 2}
+    policy = tmp_path / "ppo"
+    recipe.run_stage(values | {"eval_text": text}, policy)
+    logged = [
+        row
+        for line in (policy / "metrics.jsonl").read_text().splitlines()
+        if "ppo/val_text_loss" in (row := json.loads(line))
+    ]
+    assert len(logged) > 1
+    assert len({row["ppo/val_text_loss"] for row in logged}) == len(logged)
+    evaluation = stage_values("evaluate", conversations, finished)
+    evaluation |= {"policy": str(policy), "batch_size": values["batch_size"]}
+    evaluation["tax"] = {"texts": (source,), "length": 28, "batches": 2}
+    measured = recipe.run_stage(evaluation, tmp_path / "evaluate")
+    for name in ("loss", "nats_per_byte"):
+        expected = measured[f"evaluate/text_{name}_policy"]
+        assert logged[-1][f"ppo/val_text_{name}"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_held_out_text_longer_than_the_context_is_refused(
+    conversations, finished, tmp_path
+):
+    values = stage_values("ppo", conversations, finished) | {
+        "eval_text": {"length": 33}
+    }
+    with pytest.raises(ConfigError, match=r"ppo.eval_text.length=33 is longer than"):
+        recipe.run_stage(values, tmp_path / "run")

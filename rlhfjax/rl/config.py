@@ -112,6 +112,18 @@ class PtxConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalTextConfig:
+    """Text whose loss every evaluation measures, such as what a policy may forget in training."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Where the held-out text is; empty: no loss is measured."""
+    length: TokensOrNone = 0
+    """Tokens per row; 0: prompt_length + max_new_tokens."""
+    batches: Count = 4
+    """Batches, of as many rows as an iteration has episodes; 0: all."""
+
+
+@dataclasses.dataclass(frozen=True)
 class HumanConfig:
     """A learned human reward H that is added to the score R and fades out.
 
@@ -147,6 +159,8 @@ class PolicyConfig(TrainConfig, SamplingConfig):
     """Prompts to train on."""
     eval_prompts: PromptConfig = PromptConfig()
     """Held-out prompts for evaluation."""
+    eval_text: EvalTextConfig = EvalTextConfig()
+    """Held-out text for evaluation."""
     gold: RewardSource = ""
     """Scorer that measures held-out responses and is never trained on; empty is off."""
     temperature: PositiveTemperature = 1.0
@@ -331,6 +345,7 @@ def validate_policy(
     layout.validate_batch(config.episodes, f"{name}.batch_size")
     validate_sampling(config, layout, model_config, config.samples_per_prompt)
     validate_truncate(config.truncate, config.max_new_tokens, name)
+    validate_length(config.eval_text.length, model_config, f"{name}.eval_text.length")
     _validate_batches(config, layout)
     # Raises for a warm-up longer than the run.
     make_schedule(config.optim, config.updates)

@@ -9,7 +9,9 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos import shaping
+from rlhfjax.data import loader
 from rlhfjax.data.batches import PromptBatch
+from rlhfjax.data.config import open_sources
 from rlhfjax.metrics import merge
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.placement import held_out_placement
@@ -20,11 +22,14 @@ from rlhfjax.rl.task import Task
 from rlhfjax.sampling.config import Sampling, end_ids
 from rlhfjax.state import TrainState
 from rlhfjax.streams import HELD_OUT
+from rlhfjax.supervised import held_out_loss, language_loss, sum_metrics
 from rlhfjax.types import Metrics, PyTree
 
 
 def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metrics]:
     """Returns a function state -> reward, KL to the reference and length of held-out responses.
+
+    With `eval_text` also the loss on that text, as val_text_loss and val_text_nats_per_byte.
 
     The random numbers are the same at every call.
     """
@@ -36,6 +41,7 @@ def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metri
     sequence_kl = jax.jit(functools.partial(reference_kl, config, policy.model))
     kl_to_reference = task.on_frozen(functools.partial(sequence_kl, task.reference))
 
+    text_losses = _make_text_losses(config, task)
     exact_kl = jax.jit(functools.partial(vocabulary_kl, config, policy.model))
 
     def measure(
@@ -72,7 +78,7 @@ def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metri
     def evals(state: TrainState) -> Metrics:
         params = policy.merged(state.params["policy"])
         weights = placement.place(params)
-        total: Metrics = {}
+        total = text_losses(params)
         for i, batch in enumerate(held_out.restart()):
             is_prompt = (batch.index >= 0).astype(np.float32)
             for name, values in measure(params, weights, batch, i).items():
@@ -82,3 +88,29 @@ def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metri
         return total
 
     return evals
+
+
+def _make_text_losses(config: PolicyConfig, task: Task) -> Callable[[PyTree], Metrics]:
+    """Returns a function params -> losses on the text of `eval_text`; nothing without sources."""
+    text = config.eval_text
+    if not text.sources:
+        return lambda params: {}
+    model, tokenizer = task.policy.model, task.tokenizer
+    batches = loader.pretrain_batches(
+        open_sources(text.sources, f"{config.stage}.eval_text.sources"),
+        tokenizer,
+        batch_size=config.episodes,
+        length=text.length or config.prompt_length + config.max_new_tokens,
+        train=False,
+    )
+    loss = held_out_loss(model, language_loss(model), tokenizer.byte_lengths())
+
+    def losses(params: PyTree) -> Metrics:
+        of_batch = functools.partial(loss, params)
+        found = sum_metrics(batches.restart(), of_batch, task.layout, text.batches)
+        return {
+            f"val_text_{name}": found[f"val_{name}"]
+            for name in ("loss", "nats_per_byte")
+        }
+
+    return losses

@@ -147,7 +147,10 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         baseline=_picked(responses, pool, np.zeros_like(best)),
     )
     write_jsonl(workdir / SAMPLES, rows)
-    of_pool = {"distinct_responses": distinct(pool), "prompts_cut": float(pool["cut"].mean())}
+    of_pool = {
+        "distinct_responses": distinct(pool),
+        "prompts_cut": float(pool["cut"].mean()),
+    }
     if "gold" in pool:
         found = substitutes(responses, pool["length"], pool["gold"])
         of_pool |= {f"gold_{name}": value for name, value in found.items()}

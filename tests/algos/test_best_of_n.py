@@ -132,7 +132,10 @@ def test_the_tilt_is_the_highest_reward_at_its_kl():
         scale = rng.uniform(0, 3)
         other = np.exp(scale * rewards + others)
         other /= other.sum(axis=1, keepdims=True)
-        low, high = 0.0, 1.0  # mixed with the uniform distribution to the same KL, if it has more
+        low, high = (
+            0.0,
+            1.0,
+        )  # mixed with the uniform distribution to the same KL, if it has more
         if kl(other) < 0.8:
             continue
         for _ in range(60):
@@ -144,7 +147,9 @@ def test_the_tilt_is_the_highest_reward_at_its_kl():
 
 
 def test_a_kl_of_zero_is_the_policy_itself():
-    np.testing.assert_allclose(best_of_n.tilt_at_kl(np.array([[1.0, 2.0, 7.0]]), 0.0), 1 / 3)
+    np.testing.assert_allclose(
+        best_of_n.tilt_at_kl(np.array([[1.0, 2.0, 7.0]]), 0.0), 1 / 3
+    )
 
 
 def test_no_tilt_where_the_pool_does_not_reach_the_kl():

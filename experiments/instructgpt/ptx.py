@@ -1,0 +1,141 @@
+"""The alignment tax at equal reward: PPO, PPO-ptx, and PPO with a larger KL coefficient.
+
+Paper: Ouyang et al. 2022 (arXiv 2203.02155), sections 4.2 and appendix E.6: PPO loses on public
+  tasks, pretraining text that is mixed in brings most of it back, a larger KL coefficient does not
+  without giving up reward. Here the tax is the loss on text of a third kind, verses, which the base
+  was pretrained on and which neither SFT nor the mixed-in text contains.
+Command: rlhfjax sweep --config=experiments/instructgpt/ptx.py --workdir=runs/instructgpt/ptx
+Variants: :method=ptx,seed=0 is one run of it.
+Hardware: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.lab import Comparison, Figure, Study
+from rlhfjax.sweep import grid, product, seeds
+
+STORIES = runpy.run_path(str(Path(__file__).parents[1] / "stories.py"))
+METHODS = ("ppo", "ptx", "beta")
+SIZE = "m"  # of policy and reward model
+LEVEL = 0.5  # gold reward at which methods are compared; all reach it
+BETA, LARGER_BETA = 0.05, 0.2
+SEEDS = 5  # pilots had seeds from 100 on
+VARIANTS = ("method=ptx", "method=beta")
+
+
+def loss_at_level(run) -> float:
+    """Loss on the third text where the gold reward first reaches LEVEL, between evaluations."""
+    gold, loss = run.curve("ppo/val_gold"), run.curve("ppo/val_text_loss")
+    for i in range(1, len(gold)):
+        if gold[i] >= LEVEL > gold[i - 1]:
+            share = (LEVEL - gold[i - 1]) / (gold[i] - gold[i - 1])
+            return loss[i - 1] + share * (loss[i] - loss[i - 1])
+    return math.nan
+
+
+STUDY = Study(
+    claim="At equal gold reward PPO-ptx has forgotten less than PPO of a text that neither has seen",
+    paper="Ouyang et al. 2022",
+    figure="section 4.2 and figures 29, 33, 34: regressions on public tasks",
+    conditions={method: {"arg.method": method} for method in METHODS},
+    seeds=SEEDS,
+    values={
+        "loss at level": loss_at_level,
+        "tax": lambda run: (
+            run.metric("evaluate/text_loss_policy")
+            - run.metric("evaluate/text_loss_baseline")
+        ),
+        "gold": "evaluate/gold_policy",
+        "KL": "evaluate/kl",
+    },
+    requires=(
+        Comparison(
+            name="PPO forgets",
+            value="tax",
+            condition="ppo",
+            baseline=0.0,
+            expected="greater",
+        ),
+    ),
+    primary=(
+        Comparison(
+            name="PPO-ptx has lower loss at equal gold reward",
+            value="loss at level",
+            condition="ptx",
+            baseline="ppo",
+            expected="less",
+        ),
+    ),
+    curves=("ppo/val_gold", "ppo/val_text_loss", "ppo/val_kl"),
+    drawing=Figure(
+        x="ppo/val_gold",
+        y="ppo/val_text_loss",
+        title="What is forgotten, against what is gained",
+        x_label="gold reward",
+        y_label="loss on verses, nats per token",
+        paper="PPO is below GPT-3 on public tasks, PPO-ptx near it; a larger KL coefficient lowers"
+        " both tax and reward (figures 33 and 34).",
+    ),
+    cost="not run yet",
+)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, method=METHODS, seed=0)
+    forum, chats, verses = texts("train")
+    base = {
+        "sources": (
+            forum | {"weight": 3.0},
+            chats | {"weight": 1.0},
+            verses | {"weight": 1.0},
+        )
+    }
+    stages = {
+        "tokenizer": STORIES["tokenizer"](sources=texts("train")),
+        f"pretrain_{SIZE}": STORIES["pretrain"](
+            SIZE, eval_sources=texts("validation"), **base
+        ),
+        f"sft_{SIZE}": STORIES["sft"](SIZE, arg.seed),
+    }
+    stages |= STORIES["labeled"](SIZE, arg.seed)
+    stages["ppo"] = STORIES["ppo"](
+        SIZE,
+        arg.seed,
+        kl={"coefficient": LARGER_BETA if arg.method == "beta" else BETA},
+        eval_prompts={"source": STORIES["source"]("", "validation"), "limit": 256},
+        eval_text={"sources": texts("validation")[2:], "length": 88},
+        **(ptx(forum, chats) if arg.method == "ptx" else {}),
+        **STORIES["loop"](60, evals=20),
+    )
+    stages["evaluate"] = STORIES["evaluate"](
+        arg.seed,
+        "stage:ppo",
+        f"stage:sft_{SIZE}",
+        tax={"texts": texts("validation")[2:], "batches": 8},
+    )
+    return STORIES["recipe"](**stages)
+
+
+def texts(split: str) -> tuple[dict, dict, dict]:
+    """Returns the forum of stories, chats, and verses, which the policy never sees again."""
+    chats = {"spec": "tfds:chitchat", "kind": "messages", "split": split}
+    verses = {"spec": "tfds:kjv", "kind": "text", "split": split}
+    return STORIES["source"]("forum", split), chats, verses
+
+
+def ptx(*sources: dict) -> dict:
+    """Returns the mix of pretraining text without verses: one row per episode (the paper: eight)."""
+    length = STORIES["PROMPT"] + STORIES["RESPONSE"]
+    mix = {"coefficient": 0.2, "ratio": 1, "length": length, "sources": sources}
+    return {"ptx": mix}
+
+
+def sweep(add) -> None:
+    for overrides in product(grid("arg.method", *METHODS), seeds(SEEDS)):
+        add(overrides)
