@@ -32,7 +32,8 @@ UNPLANNED = {
     ),
     *("quickstart/recipe.py", "quickstart/stages.py", "smollm2/recipe.py"),
     *("chitchat_ratings/recipe.py", "chinese/recipe.py", "prepare/recipe.py"),
-    *("human/recipe.py", "instructgpt/figure1.py"),
+    *("human/recipe.py", "instructgpt/figure1.py", "instructgpt/ptx.py"),
+    *("gao2022/figure1a.py", "gao2022/figure1b.py", "ziegler2019/beta.py"),
     "lightman2023/prm.py",
 }
 
