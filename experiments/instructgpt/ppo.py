@@ -1,29 +1,21 @@
-"""InstructGPT, step 3: trains PPO with pretraining gradients (PPO-ptx); at toy size on dialogue.
+"""InstructGPT, step 3: trains PPO with pretraining gradients (PPO-ptx).
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 and appendix C.4. Expected there for 175B:
-  preferred to GPT-3 in 85 +- 3 % (section 4.1). The toy measures a programmed labeler's score,
-  which is something else.
+  preferred to GPT-3 in 85 +- 3 % (section 4.1). At small scale: figure1.py and ptx.py.
 Command: rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b
     --workdir=runs/instructgpt/1.3b/ppo_ptx
   rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b,ptx=false
       --workdir=runs/instructgpt/1.3b/ppo
-  rlhfjax run --config=experiments/instructgpt/ppo.py:size=toy --workdir=runs/instructgpt/toy
 Variants: :size=1.3b, 6.7b or 175b; :ptx=false is the paper's "PPO"; :gamma=20, the mix's
   coefficient; :seed=1.
-Hardware: 60 petaflop/s-days for 175B. Toy: 2 CPU cores. Time and result: README.md beside this
-  file.
+Hardware: 60 petaflop/s-days for 175B. Not yet run.
 """
-
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
-HERE = Path(__file__).parent
-TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 VARIANTS = (
     "",
     "size=1.3b,ptx=false",
@@ -31,26 +23,18 @@ VARIANTS = (
     "size=6.7b,ptx=false",
     "size=175b",
     "size=175b,ptx=false",
-    "size=toy",
-    "size=toy,ptx=false",
 )
 
 EPISODES = 256_000  # C.4: "256k"; whether that is 256,000 or 262,144 is unpublished
 BATCH, MINIBATCH = 512, 64  # C.4
 ITERATIONS = EPISODES // BATCH
-# C.4, for all sizes, see `ptx`; too much for the toy, see README.md
-GAMMA = {"paper": 27.8, "toy": 1.0}
+GAMMA = 27.8  # C.4, for all sizes, see `ptx`
 # C.4 gives no learning rate of the policy. E.9 sweeps 2.55e-6 to 2.55e-5 for 1.3B and 6B, in
 # log-linear steps, and says that without the mix everything above 8.05e-6 diverged: that middle of
 # the sweep is our choice. For 175B it tried 2.55e-6 and 3.74e-6; which one was chosen (by labelers'
 # ratings) is unpublished: the lower one.
 LEARNING_RATE = {"1.3b": 8.05e-6, "6.7b": 8.05e-6, "175b": 2.55e-6}
 VALUE_LEARNING_RATE = {"1.3b": 9e-6, "6.7b": 9e-6, "175b": 5e-6}  # C.4
-
-
-def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size=(*LEARNING_RATE, "toy"), ptx=True, gamma=0.0, seed=0)
-    return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def algorithm() -> dict:
@@ -99,12 +83,13 @@ def ptx(arg: ConfigDict, **changes) -> dict:
     """
     if not arg.ptx:
         return {}
-    gamma = arg.gamma or GAMMA["toy" if arg.size == "toy" else "paper"]
+    gamma = arg.gamma or GAMMA
     # C.4: 8 examples per episode
     return {"coefficient": gamma, "unit": "token", "ratio": 8, **changes}
 
 
-def paper(arg: ConfigDict) -> ConfigDict:
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size=tuple(LEARNING_RATE), ptx=True, gamma=0.0, seed=0)
     warmup = 10 * (BATCH // MINIBATCH)
     text = {"spec": "jsonl:data/pretraining/{split}*.jsonl", "kind": "text"}
     # Table 6: 31,144 prompts of customers, 16,185 for validation.
@@ -140,30 +125,6 @@ def paper(arg: ConfigDict) -> ConfigDict:
         value_optim=optim(warmup, learning_rate=VALUE_LEARNING_RATE[arg.size]),
         **algorithm(),
     )
-
-
-def toy(arg: ConfigDict) -> ConfigDict:
-    """Returns the toy recipe: reward model, PPO-ptx with the quickstart's text, evaluation."""
-    config = runpy.run_path(str(HERE / "reward.py"))["toy"](arg.seed)
-    steps = 32
-    # one iteration; the paper's share of the run is less than that
-    warmup = BATCH // MINIBATCH
-    policy = TOY["policy"](
-        "ppo",
-        arg.seed,
-        batch_size=64,
-        # not in the paper; a small model has to learn to end its responses
-        missing_eos="penalty",
-        ema=1
-        - ITERATIONS / steps * (1 - 0.992),  # averages over the same share of the run
-        ptx=ptx(arg, length=config.pretrain.length, sources=config.pretrain.sources),
-        optim=optim(warmup, learning_rate=5e-4),
-        value_optim=optim(warmup, learning_rate=5e-4),
-        **TOY["loop"](steps, evals=8),
-        **algorithm(),
-    )
-    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo")
-    return TOY["add"](config, ppo=policy, evaluate=evaluate)
 
 
 def sweep(add) -> None:

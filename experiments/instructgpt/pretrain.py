@@ -1,19 +1,14 @@
-"""Pretrains GPT-3, whose weights are not released, for the other files; or a toy.
+"""Pretrains GPT-3, whose weights are not released, for the other files.
 
 Paper: Brown et al. 2020 (arXiv 2005.14165), table 2.1 and appendix B; Ouyang et al. 2022 start from
   it. Expected loss: not compared, the corpus is not public.
 Command: rlhfjax train --config=experiments/instructgpt/pretrain.py:size=1.3b
     --workdir=runs/gpt3/1.3b
-  rlhfjax run --config=experiments/instructgpt/pretrain.py:size=toy
-      --workdir=runs/instructgpt/toy_pretrain
 Variants: :size=125m, 350m, 760m, 1.3b, 2.7b, 6.7b, 13b or 175b; :seed=1.
-Hardware: unpublished but for the cost, 3,640 petaflop/s-days for 175B. Toy: 2 CPU cores. Time:
-  README.md beside this.
+Hardware: unpublished but for the cost, 3,640 petaflop/s-days for 175B. Not yet run.
 """
 
 import dataclasses
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -21,8 +16,7 @@ from rlhfjax.config import parse_arg
 from rlhfjax.models.presets import preset
 from rlhfjax.stages import stage_config
 
-TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-VARIANTS = ("", "size=6.7b", "size=175b", "size=toy")
+VARIANTS = ("", "size=6.7b", "size=175b")
 
 LENGTH = 2048  # section 2.1 and appendix B: always the full context
 # Table 2.1: windows per batch and peak learning rate. The batches are printed as 0.5M, 1M, 2M and
@@ -37,11 +31,6 @@ SIZES = {
     "13b": (1024, 1.0e-4),
     "175b": (1536, 0.6e-4),
 }
-
-
-def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size=("1.3b", *SIZES, "toy"), seed=0)
-    return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def optim(tokens: int, **changes) -> dict:
@@ -61,7 +50,8 @@ def optim(tokens: int, **changes) -> dict:
     }
 
 
-def paper(arg: ConfigDict) -> ConfigDict:
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size=("1.3b", *SIZES), seed=0)
     windows, rate = SIZES[arg.size]
     tokens = windows * LENGTH
     return stage_config(
@@ -94,24 +84,3 @@ def paper(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         optim=optim(tokens, learning_rate=rate),
     )
-
-
-def toy(seed: int) -> ConfigDict:
-    """Returns the toy recipe: the quickstart's text and width, GPT-3's architecture and Adam."""
-    config = TOY["quickstart"](seed, until="sft")
-    steps, rows = config.pretrain.steps, config.pretrain.batch_size
-    config.pretrain.model.update(
-        positions="learned",
-        norm="layernorm",
-        mlp="gelu",
-        bias=True,
-        scale_residual_init=True,
-        d_ff=256,
-    )
-    config.pretrain.cross_document = True
-    # The same shares of the run: 0.125 % would be no update here, so 2 %; decay over 260 of 300
-    # billion tokens.
-    tokens = rows * config.pretrain.length
-    shares = {"warmup_steps": max(1, steps // 50), "decay_steps": steps * 260 // 300}
-    config.pretrain.optim.update(optim(tokens, learning_rate=3e-3, **shares))
-    return config

@@ -13,7 +13,6 @@ import math
 import runpy
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
@@ -40,7 +39,7 @@ def loss_at_level(run) -> float:
 
 
 STUDY = Study(
-    claim="At equal gold reward PPO-ptx has forgotten less than PPO of a text that neither has seen",
+    claim="At equal gold reward PPO-ptx has forgotten less than PPO, of a text without part in it",
     paper="Ouyang et al. 2022",
     figure="section 4.2 and figures 29, 33, 34: regressions on public tasks",
     conditions={method: {"arg.method": method} for method in METHODS},
@@ -130,7 +129,7 @@ def texts(split: str) -> tuple[dict, dict, dict]:
 
 
 def ptx(*sources: dict) -> dict:
-    """Returns the mix of pretraining text without verses: one row per episode (the paper: eight)."""
+    """Returns the mix of pretraining text, without verses: a row per episode (the paper: eight)."""
     length = STORIES["PROMPT"] + STORIES["RESPONSE"]
     mix = {"coefficient": 0.2, "ratio": 1, "length": length, "sources": sources}
     return {"ptx": mix}

@@ -1,38 +1,24 @@
-"""InstructGPT, step 2: trains a reward model on rankings of K responses; at toy size on dialogue.
+"""InstructGPT, step 2: trains a reward model on rankings of K responses.
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 1 and appendix C.2. Expected there: accuracy 72.4
   +- 0.4 % on comparisons of the same labelers, 69.6 +- 0.9 % on those of held-out ones (section
-  4.1; appendix E.2 prints the two the other way round). The toy's labeler is a program.
+  4.1; appendix E.2 prints the two the other way round).
 Command: rlhfjax train --config=experiments/instructgpt/reward.py
     --workdir=runs/instructgpt/6.7b/reward
-  rlhfjax run --config=experiments/instructgpt/reward.py:size=toy
-      --workdir=runs/instructgpt/toy_reward
 Variants: :size=1.3b, 6.7b or 175b, the policy that it is for, which changes nothing: C.2 uses one
   6B reward model for all of them (a 175B one was less stable); :seed=1.
-Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Not yet run.
 """
-
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
-HERE = Path(__file__).parent
-TOY = runpy.run_path(str(HERE.parent / "toy.py"))
-VARIANTS = ("", "size=toy")
-
 SIZES = ("1.3b", "6.7b", "175b")
 PROMPTS = 6_623 + 26_584  # table 6: by labelers and by customers
 BATCH = 64  # C.2: prompts, up to 64 C(9, 2) = 2,304 comparisons
 LENGTH = 2048  # appendix C
-
-
-def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size=("6.7b", *SIZES, "toy"), seed=0)
-    return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def algorithm(**changes) -> dict:
@@ -57,7 +43,8 @@ def algorithm(**changes) -> dict:
     }
 
 
-def paper(arg: ConfigDict) -> ConfigDict:
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size=("6.7b", *SIZES), seed=0)
     steps = PROMPTS // BATCH  # C.2: one epoch; a second one over-fits
     return stage_config(
         "reward",
@@ -81,21 +68,4 @@ def paper(arg: ConfigDict) -> ConfigDict:
         checkpoint={"every": steps // 4, "minutes": 15.0},
         seed=arg.seed,
         **algorithm(),
-    )
-
-
-def toy(seed: int) -> ConfigDict:
-    """Returns the toy recipe: SFT, rankings of 6 responses to each of 1,024 prompts, one epoch."""
-    config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
-    # section 3.5 has 4 to 9 responses
-    collect = TOY["collect"](seed, samples_per_prompt=6, prompts=1024, held_out=192)
-    own = {
-        "overrides": {"dropout": 0.0},
-        "demonstrations": ({**collect.eval_prompts.source, "split": "validation"},),
-        **algorithm(learning_rate=1e-3),
-    }
-    return TOY["add"](
-        config,
-        collect=collect,
-        reward=TOY["ranked"]("reward", collect, batch_size=16, **own),
     )

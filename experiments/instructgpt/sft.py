@@ -1,27 +1,20 @@
-"""InstructGPT, step 1: fine-tunes on demonstrations; at toy size on embedded dialogue.
+"""InstructGPT, step 1: fine-tunes on demonstrations.
 
-Paper: Ouyang et al. 2022 (arXiv 2203.02155), appendices C.1 and C.3. Numbers that people's
-  preferences give are not what the toy measures.
+Paper: Ouyang et al. 2022 (arXiv 2203.02155), appendices C.1 and C.3.
 Command: rlhfjax train --config=experiments/instructgpt/sft.py:size=1.3b
     --workdir=runs/instructgpt/1.3b/sft
   rlhfjax train --config=experiments/instructgpt/sft.py:size=1.3b,role=start
       --workdir=runs/instructgpt/1.3b/start
-  rlhfjax run --config=experiments/instructgpt/sft.py:size=toy --workdir=runs/instructgpt/toy_sft
 Variants: :size=1.3b, 6.7b or 175b; :role=baseline, the SFT models of the paper's figures (C.1), or
   start, what PPO begins from and what its KL is to (C.3); :seed=1.
-Hardware: 4.9 petaflop/s-days for 175B. Toy: 2 CPU cores. Time and result: README.md beside this
-  file.
+Hardware: 4.9 petaflop/s-days for 175B. Not yet run.
 """
-
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
-TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 VARIANTS = (
     "",
     "size=1.3b,role=start",
@@ -29,7 +22,6 @@ VARIANTS = (
     "size=6.7b,role=start",
     "size=175b",
     "size=175b,role=start",
-    "size=toy",
 )
 
 # "6B" in the paper; that this is GPT-3 6.7B is an inference
@@ -48,11 +40,6 @@ LENGTH = 2048  # appendix C: the context
 A_ROW = 4
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size=(*SIZES, "toy"), role=tuple(EPOCHS), seed=0)
-    return toy(arg.seed) if arg.size == "toy" else paper(arg)
-
-
 def optim(**changes) -> dict:
     """Returns appendix C (Adam), C.1 and C.3 (cosine to 10 %, without warm-up)."""
     return {
@@ -69,7 +56,8 @@ def optim(**changes) -> dict:
     }
 
 
-def paper(arg: ConfigDict) -> ConfigDict:
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size=SIZES, role=tuple(EPOCHS), seed=0)
     updates = DEMONSTRATIONS * EPOCHS[arg.role] // BATCH[arg.size]
     source = {
         "spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl",
@@ -105,11 +93,3 @@ def paper(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         optim=optim(learning_rate=LEARNING_RATE[arg.role][arg.size]),
     )
-
-
-def toy(seed: int) -> ConfigDict:
-    """Returns the toy recipe: the quickstart's SFT with C.1's dropout and schedule."""
-    config = TOY["tuned"](seed)
-    config.sft.overrides = {"dropout": 0.2}
-    config.sft.optim.update(optim(learning_rate=1e-3))
-    return config
