@@ -114,9 +114,15 @@ def base(seed: int) -> dict[str, ConfigDict]:
     return stages
 
 
+RANKED = 8192  # prompts, four responses each
+
+
 def labeled(size: str, seed: int) -> dict[str, ConfigDict]:
     """Returns the stages that label a size's responses and learn a reward model from them."""
-    return {"collect": collect(size, seed), "reward": reward(size, seed)}
+    return {
+        "collect": collect(size, seed, RANKED),
+        "reward": reward(size, seed, RANKED),
+    }
 
 
 def collect(size: str, seed: int, prompts: int = 4096) -> ConfigDict:

@@ -23,7 +23,7 @@ from rlhfjax.sweep import grid, product, seeds
 STORIES = runpy.run_path(str(Path(__file__).parents[1] / "stories.py"))
 SIZES = tuple(STORIES["SIZES"])
 METHODS = ("base", "prompted", "sft", "ppo", "ppo_ptx")
-LARGEST, REWARD = "l", "m"  # the baseline; C.2: one reward model for all sizes
+LARGEST, REWARD = "l", "l"  # the baseline; C.2: one reward model for all sizes
 SEEDS = 5  # pilots had seeds from 100 on
 VARIANTS = ("size=s,method=ppo_ptx", "size=l,method=prompted", "size=m,method=sft")
 PARAMETERS = {"s": 110_000, "m": 280_000, "l": 870_000}

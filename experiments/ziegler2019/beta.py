@@ -22,7 +22,7 @@ from rlhfjax.sweep import grid, product, seeds
 
 STORIES = runpy.run_path(str(Path(__file__).parents[1] / "stories.py"))
 BETAS = ("0.0", "0.05", "0.2", "0.5", "1.0")
-POLICY, REWARD = "s", "m"
+POLICY, REWARD = "s", "l"
 PROMPTS = 128  # held-out requests, of PPO's evaluations and of the pools
 POOL = 512  # of the SFT: it tells the best policy up to log 512 - 3 = 3.2 nats
 SAMPLES = 16  # of a policy per request, to count how many are distinct

@@ -16,7 +16,7 @@ class Stories(Corpus):
 
     name = "stories"
     LICENSE = "Apache-2.0"
-    VERSION = tfds.core.Version("1.5.0")  # grows when other stories are drawn
+    VERSION = tfds.core.Version("1.6.0")  # grows when other stories are drawn
     SIZES: ClassVar[dict[str, int]] = {
         "train": 12_000,
         "validation": 600,
@@ -61,6 +61,7 @@ class ForumStories(Stories):
     """Pages of one to three requests and stories, each page by one writer, for pretraining."""
 
     name = "stories_forum"
+    VERSION = tfds.core.Version("1.5.0")
     SIZES: ClassVar[dict[str, int]] = {"train": 30_000, "validation": 500, "test": 500}
 
     def example(self, rng: random.Random, key: str) -> dict[str, str]:
@@ -76,6 +77,7 @@ class StoryDocuments(Stories):
     """Stories that nobody asked for, of all writers, for pretraining."""
 
     name = "stories_documents"
+    VERSION = tfds.core.Version("1.5.0")
     SIZES: ClassVar[dict[str, int]] = {"train": 20_000, "validation": 500, "test": 500}
 
     def _features(self) -> dict[str, Any]:

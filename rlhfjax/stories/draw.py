@@ -18,15 +18,14 @@ from rlhfjax.stories.world import (
 
 # Writers of what a model is pretrained on: some are careful, and one writes all turns of a page.
 WRITERS = (
-    {"fulfilled": 0.95, "agreeing": 0.98, "fillers": 0.05},
-    {"fulfilled": 0.5, "agreeing": 0.85, "fillers": 0.4},
-    {"fulfilled": 0.1, "agreeing": 0.6, "fillers": 0.7},
+    {"fulfilled": 0.95, "agreeing": 0.98, "fillers": 0.05, "omitted": 0.2},
+    {"fulfilled": 0.5, "agreeing": 0.85, "fillers": 0.4, "omitted": 0.2},
+    {"fulfilled": 0.1, "agreeing": 0.6, "fillers": 0.7, "omitted": 0.2},
 )
-# Of what is written for fine-tuning. With these numbers length is right on 52 % of the pairs of
-# stories for one request, and a vote of the ten best words on 54 %: misread wishes are as long as
-# others, and have the same words.
-LABELERS = {"fulfilled": 0.5, "agreeing": 0.95, "fillers": 0.05}
-OMITTED = 0.2  # share of misread wishes that are left out
+# Of what is written for fine-tuning. Half of the wishes are misread, and nearly none left out:
+# stories for one request have the same length and verbs, and differ in names, things and places.
+# Length is right on 51 % of their pairs, and a vote of the ten best words on 52 %.
+LABELERS = {"fulfilled": 0.5, "agreeing": 1.0, "fillers": 0.0, "omitted": 0.05}
 ECHOES = 1 / 2  # share of a forum's turns that repeat a story or words
 WORDS = (*PEOPLE, *COLORS, *THINGS, *PLACES, *MOODS)
 EXAMPLES = 2  # solved requests before a prompt, for a model that was only pretrained
@@ -53,6 +52,7 @@ def draw_story(
     fulfilled: float,
     agreeing: float,
     fillers: float,
+    omitted: float = 0.0,
 ) -> str:
     """Returns a story.
 
@@ -60,6 +60,7 @@ def draw_story(
       fulfilled: probability of each wish to be told as it is, and not with a mistake.
       agreeing: probability of each sentence to agree with those before it.
       fillers: probability, before each wish and at the end, of a sentence that nobody asked for.
+      omitted: share of the wishes that are not told as they are to leave out.
     """
     world = World(request.people)
     events: list[Event] = []
@@ -73,7 +74,9 @@ def draw_story(
     for wish in request.wishes:
         if rng.random() < fillers:
             tell(_filler(rng, world, request))
-        told = wish if rng.random() < fulfilled else _mistaken(rng, wish, request)
+        told = wish
+        if rng.random() >= fulfilled:
+            told = _mistaken(rng, wish, request, omitted)
         if told is not None and not world.fulfills(told):
             for event in _steps(rng, world, told):
                 tell(event)
@@ -103,10 +106,12 @@ def _steps(rng: random.Random, world: World, wish: Wish) -> Iterator[Event]:
         yield Event("gave", (other, thing, person))
 
 
-def _mistaken(rng: random.Random, wish: Wish, request: Request) -> Wish | None:
+def _mistaken(
+    rng: random.Random, wish: Wish, request: Request, omitted: float
+) -> Wish | None:
     """Returns the wish with a wrong word or person, or None: it is left out."""
     person, *others = wish.words
-    if rng.random() < OMITTED:
+    if rng.random() < omitted:
         return None
     if wish.form == "meets":  # somebody whom nobody asked for
         strangers = [each for each in PEOPLE if each not in request.people]
