@@ -175,14 +175,16 @@ def test_saved_pools_of_something_else_are_refused(
 
 def test_damaged_or_missing_pools_are_one_line(conversations, finished, tmp_path):
     config = values(conversations, finished, gold="", responses=str(tmp_path))
-    with pytest.raises(DataError, match="responses.npz: not found; a best_of_n stage"):
+    with pytest.raises(
+        DataError, match=r"responses\.npz: not found; a best_of_n stage"
+    ):
         recipe.run_stage(config, tmp_path / "run")
     (tmp_path / "responses.npz").write_bytes(b"PK nothing")
-    with pytest.raises(DataError, match="responses.npz: is damaged"):
+    with pytest.raises(DataError, match=r"responses\.npz: is damaged"):
         recipe.run_stage(config, tmp_path / "run")
     config = values(conversations, finished, gold="", save_responses=True)
     with pytest.raises(
-        ConfigError, match="save_responses=True: expected best_of_n.gold"
+        ConfigError, match=r"save_responses=True: expected best_of_n\.gold"
     ):
         recipe.run_stage(config, tmp_path / "run")
 

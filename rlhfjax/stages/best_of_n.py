@@ -32,8 +32,8 @@ from rlhfjax.data import loader
 from rlhfjax.data.batches import PromptBatch, take
 from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.sources import Source
+from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
-from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evals.words import substitutes
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
