@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,23 +26,25 @@ class SavedPools(NamedTuple):
     def rollout(self, first: int, size: int) -> Rollout:
         """Returns `size` rows from `first` on; past the last one it is repeated."""
         rows = np.minimum(np.arange(first, first + size), len(self.tokens) - 1)
-        return Rollout(
-            tokens=self.tokens[rows],
-            attention_mask=self.attention_mask[rows].astype(np.int32),
-            mask=self.mask[rows].astype(np.float32),
-            logprobs=np.full(self.mask[rows].shape, np.nan, np.float32),
+        mask = self.mask[rows].astype(np.float32)
+        columns: Any = (
+            self.tokens[rows],
+            self.attention_mask[rows].astype(np.int32),
+            mask,
+            np.full_like(mask, np.nan),  # the log-probabilities are not saved
         )
+        return Rollout(*columns)
 
 
 def collected(rollouts: Sequence[Rollout], gold: Sequence[float]) -> SavedPools:
     """Returns the pools of batches; rows past the scores only fill the last batch."""
-    columns = (
-        np.concatenate([rollout.tokens for rollout in rollouts]),
-        np.concatenate([rollout.attention_mask for rollout in rollouts]) > 0,
-        np.concatenate([rollout.mask for rollout in rollouts]) > 0,
+    n = len(gold)
+    return SavedPools(
+        tokens=np.concatenate([x.tokens for x in rollouts])[:n],
+        attention_mask=np.concatenate([x.attention_mask for x in rollouts])[:n] > 0,
+        mask=np.concatenate([x.mask for x in rollouts])[:n] > 0,
+        gold=np.array(gold, np.float64),
     )
-    rows = (column[: len(gold)] for column in columns)
-    return SavedPools(*rows, np.array(gold, np.float64))
 
 
 def write(workdir: Path, pools: SavedPools) -> None:

@@ -26,7 +26,6 @@ from rlhfjax.algos.best_of_n import (
     best_of_n_distribution,
     best_of_n_kl,
     best_of_n_reward,
-    tilt_at_kl,
 )
 from rlhfjax.data import loader
 from rlhfjax.data.batches import PromptBatch, take
@@ -34,6 +33,7 @@ from rlhfjax.data.counted import data_metrics
 from rlhfjax.data.sources import Source
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
+from rlhfjax.evals.tilt import tilt_at_kl
 from rlhfjax.evals.words import substitutes
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
