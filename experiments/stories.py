@@ -114,7 +114,7 @@ def base(seed: int) -> dict[str, ConfigDict]:
     return stages
 
 
-RANKED = 8192  # prompts, four responses each
+RANKED = 4096  # prompts, four responses each
 
 
 def labeled(size: str, seed: int) -> dict[str, ConfigDict]:
