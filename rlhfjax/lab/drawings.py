@@ -16,7 +16,17 @@ from rlhfjax.lab.verdict import guarded
 from rlhfjax.redact import printable
 from rlhfjax.report.downloads import Drawing, drawing
 from rlhfjax.report.figures import mark
-from rlhfjax.report.svg import FIRST, MUTED, SECOND, STYLE, axes_of, render
+from rlhfjax.report.svg import (
+    LIGHT,
+    MUTED,
+    PAGE,
+    STYLE,
+    Palette,
+    axes_of,
+    render,
+    style,
+    to_png,
+)
 
 SIZE = (5.2, 3.4)  # inches
 LONGEST = 40  # characters of a label
@@ -35,14 +45,30 @@ class Line(NamedTuple):
 
 def figure(study: Study, found: Sequence[Outcome]) -> Drawing | None:
     """Returns the study's figure; None without a drawing, or before there is anything to draw."""
-    card = study.drawing
-    if card is None:
-        return None
-    lines = list(_curves(card, found) if card.x else _values(study, card, found))
-    if not lines:
+    card, lines = study.drawing, _lines(study, found)
+    if card is None or not lines:
         return None
     names = list(_by_condition(found, card.conditions))
-    return drawing(card.title, _svg(card, lines, names), _columns(lines))
+    with matplotlib.rc_context(STYLE):
+        image = render(_plot(card, lines, names, PAGE))
+    return drawing(card.title, image, _columns(lines))
+
+
+def picture(study: Study, found: Sequence[Outcome]) -> bytes | None:
+    """Returns the study's figure as PNG; None where `figure` is None."""
+    card, lines = study.drawing, _lines(study, found)
+    if card is None or not lines:
+        return None
+    names = list(_by_condition(found, card.conditions))
+    with matplotlib.rc_context(style(LIGHT)):
+        return to_png(_plot(card, lines, names, LIGHT))
+
+
+def _lines(study: Study, found: Sequence[Outcome]) -> list[Line]:
+    card = study.drawing
+    if card is None:
+        return []
+    return list(_curves(card, found) if card.x else _values(study, card, found))
 
 
 def paper(study: Study) -> Drawing | None:
@@ -206,22 +232,24 @@ def _band(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------ how it is drawn
 
 
-def _svg(card: Figure, lines: Sequence[Line], names: Sequence[str]) -> str:
+def _plot(
+    card: Figure, lines: Sequence[Line], names: Sequence[str], palette: Palette
+) -> Any:
     """Returns the figure; `names` are the conditions, in the order in which they stand."""
-    with matplotlib.rc_context(STYLE):
-        svg, axes = axes_of(*SIZE)
-        for i, line in enumerate(lines):
-            _draw(axes, line, i, joined=bool(card.x or card.lines))
-        xs = np.concatenate([line.x for line in lines])
-        _scale(axes, card.x_scale, xs.tolist())
-        x_label = _label(card.x_label or card.x)
-        y_label = _label(card.y_label or card.y)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        if not card.x and not card.lines:
-            _name_places(axes, names)
-        if any(line.label for line in lines):
-            axes.legend(fontsize=7)
-        return render(svg)
+    plot, axes = axes_of(*SIZE)
+    for i, line in enumerate(lines):
+        color = (palette.first, palette.second)[i % 2]
+        _draw(axes, line, i, color, joined=bool(card.x or card.lines))
+    xs = np.concatenate([line.x for line in lines])
+    _scale(axes, card.x_scale, xs.tolist())
+    x_label = _label(card.x_label or card.x)
+    y_label = _label(card.y_label or card.y)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if not card.x and not card.lines:
+        _name_places(axes, names)
+    if any(line.label for line in lines):
+        axes.legend(fontsize=7)
+    return plot
 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:
@@ -229,9 +257,8 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
 
 
-def _draw(axes: Axes, line: Line, i: int, joined: bool) -> None:
+def _draw(axes: Axes, line: Line, i: int, color: str, joined: bool) -> None:
     """Draws the seeds thin, the band pale and the mean thick."""
-    color = (FIRST, SECOND)[i % 2]
     _, _, marker, _ = mark(i)
     dashes = ""
     if joined:

@@ -4,8 +4,8 @@
     python -m rlhfjax.lab.index --check    says whether it is current, and writes nothing
 
 Every file below the README's folder that declares a STUDY has a row: claim, verdict, effects with
-their intervals, seeds, cost, command and commits. Nothing is run. A picture NAME.png beside NAME.py
-is shown.
+their intervals, seeds, cost, command and commits. Its figure is written beside it, as NAME.png.
+Nothing is run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from rlhfjax import experiment, paths, process
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.lab import card, results
+from rlhfjax.lab import card, drawings, results
 from rlhfjax.lab.found import Found, of_plan, plan
 from rlhfjax.lab.results import Row
 from rlhfjax.lab.verdict import Result, Verdict
@@ -45,6 +45,18 @@ def table(readme: Path) -> str:
     found = [_cells(file, folder) for file in studies(folder)]
     lines = [COLUMNS, ("---",) * len(COLUMNS), *found]
     return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines) + "\n"
+
+
+def draw(folder: Path) -> list[Path]:
+    """Writes the figures of the studies below a folder that have rows; returns their files."""
+    written = []
+    for file in studies(folder):
+        found = found_in(file)
+        outcomes = [results.to_outcome(row) for row in found.in_order]
+        content = drawings.picture(found.study, outcomes)
+        if content is not None:
+            written.append(paths.write(file.with_suffix(".png"), content))
+    return written
 
 
 def found_in(file: Path) -> Found:
@@ -137,6 +149,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     given = parser.parse_args()
     readme = paths.path(given.readme)
+    if not given.check:
+        for picture in draw(readme.parent):
+            print(picture)
     before = paths.read(readme, ConfigError).decode()
     after = updated(before, table(readme))
     if before == after:

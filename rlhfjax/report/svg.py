@@ -6,7 +6,7 @@ Their colors are the page's CSS variables, so that one file is readable on light
 import io
 import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,47 +14,80 @@ from matplotlib.figure import Figure
 
 from rlhfjax.report.workdir import Curve
 
+
+class Palette(NamedTuple):
+    """The colors of a figure."""
+
+    ink: str
+    muted: str
+    line: str
+    card: str
+    first: str
+    second: str
+
+
 # Placeholder colors for matplotlib, which `render` replaces by CSS variables.
-INK, MUTED, LINE, CARD, FIRST, SECOND = (f"#0a0b0{i}" for i in range(6))
-CSS = {
-    INK: "--ink",
-    MUTED: "--muted",
-    LINE: "--line",
-    CARD: "--card",
-    FIRST: "--first",
-    SECOND: "--second",
-}
-STYLE: Any = {
+PAGE = Palette(*(f"#0a0b0{i}" for i in range(6)))
+INK, MUTED, LINE, CARD, FIRST, SECOND = PAGE
+CSS = {color: f"--{name}" for name, color in PAGE._asdict().items()}
+# Those of style.css on a light page, for a file of its own.
+LIGHT = Palette("#1c1d20", "#6b6e76", "#e2e3e0", "#ffffff", "#2b6cd4", "#d9671e")
+
+
+def style(palette: Palette) -> Any:
+    """Returns matplotlib's options for figures in these colors."""
+    return {
+        **_STYLE,
+        "text.color": palette.ink,
+        "axes.edgecolor": palette.line,
+        "axes.labelcolor": palette.muted,
+        "grid.color": palette.line,
+        "xtick.color": palette.line,
+        "ytick.color": palette.line,
+        "xtick.labelcolor": palette.muted,
+        "ytick.labelcolor": palette.muted,
+        "legend.labelcolor": palette.ink,
+    }
+
+
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhfjax",
     "text.parse_math": False,  # a name with $ is a name
     "font.size": 8,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": LINE,
     "grid.linewidth": 0.5,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
     "xtick.major.size": 2,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "legend.labelcolor": INK,
     "axes.formatter.limits": (-3, 5),
 }
+STYLE = style(PAGE)
 
 
 def axes_of(width: float, height: float) -> tuple[Figure, Axes]:
     """Returns a figure of a size in inches, with its one plot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def to_png(figure: Figure) -> bytes:
+    """Returns a figure as PNG, without metadata: equal figures are equal files."""
+    out = io.BytesIO()
+    with warnings.catch_warnings():  # as in `render`
+        warnings.simplefilter("ignore")
+        figure.savefig(
+            out,
+            format="png",
+            dpi=100,
+            facecolor=LIGHT.card,
+            metadata={"Software": None},
+        )
+    return out.getvalue()
 
 
 def finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

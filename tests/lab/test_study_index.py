@@ -59,6 +59,22 @@ def test_a_finished_study(readme):
     assert (cost, commits) == ("15s on 1 x cpu", "c0ffee")
 
 
+def test_the_picture_is_that_of_the_rows(readme):
+    """Equal rows are equal bytes; a study without rows has no picture."""
+    assert index.draw(readme.parent) == []
+    commit(readme)
+    (picture,) = index.draw(readme.parent)
+    first = picture.read_bytes()
+    assert (picture.name, first[:8]) == ("study.png", b"\x89PNG\r\n\x1a\n")
+    assert index.draw(readme.parent) == [picture] and picture.read_bytes() == first
+    assert "<br>![](x/study.png)" in row_of(readme)[0]
+    (rows,) = (readme.parent / "x" / "results").glob("*.jsonl")
+    kept = rows.read_text().splitlines(keepends=True)[:4]
+    rows.write_text("".join(kept))
+    index.draw(readme.parent)
+    assert picture.read_bytes() != first
+
+
 def test_an_unfinished_study(readme):
     commit(readme, most=4)
     _, _, verdict, effect, *_ = row_of(readme)
