@@ -95,6 +95,9 @@ class TrainConfig:
     """What is logged, and where."""
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the fields of a dataclass as a nested dict: `values` laid over the defaults.
 
@@ -102,7 +105,7 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
       ConfigError: a value for a field that the dataclass does not have.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for name in values:
         if name not in fields:
             raise ConfigError(_no_such_option(cls, where, name))
@@ -141,7 +144,7 @@ def fill_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         if default is not options.REQUIRED:
             config[field.name] = default
     config = to_dict(config | dict(values))
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return {name: _fill(hints.get(name), value) for name, value in config.items()}
 
 

@@ -62,7 +62,7 @@ def test_every_config_is_found():
         "rl.config.PolicyConfig",
         "config.TrainConfig",
     }  # only ever a part of others
-    assert len(CONFIGS) == 61 and not {f"rlhfjax.{name}" for name in names} & set(
+    assert len(CONFIGS) == 62 and not {f"rlhfjax.{name}" for name in names} & set(
         CONFIGS
     )
     for name in (

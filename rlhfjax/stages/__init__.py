@@ -19,6 +19,7 @@ It may also have:
 A stage may live outside of this package: `stage="package.module:Name"`, Name being its `Config`.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -34,9 +35,10 @@ from rlhfjax.errors import ConfigError, UserError
 from rlhfjax.json_text import named, shown
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """Returns the names of this package's stages, which are its modules."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
 
 
 def find(name: Any) -> ModuleType:

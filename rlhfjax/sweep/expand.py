@@ -168,6 +168,8 @@ def with_options(
     Raises:
       ConfigError: an unknown option, a value of another type, or one that no word leads to.
     """
+    if not options:
+        return get_config(), []
     wanted = overlay(get_config(), options)
     texts = {key: literal(key, value) for key, value in options.items()}
     for spell in (repr, None):  # a text that looks like a literal is quoted

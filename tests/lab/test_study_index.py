@@ -1,5 +1,8 @@
 """The table of studies in a README, from committed rows alone."""
 
+import subprocess
+import sys
+
 import pytest
 
 from rlhfjax import paths
@@ -106,6 +109,7 @@ def test_the_table_replaces_the_one_before(readme, capsys, monkeypatch):
 
 
 def test_the_table_of_experiments_is_current():
-    readme = paths.path(ROOT / index.README)
-    text = readme.read_text()
-    assert index.updated(text, index.table(readme)) == text
+    """In a process of its own: with types checked it takes half a minute."""
+    command = [sys.executable, "-m", "rlhfjax.lab.index", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
