@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from rlhfjax.errors import DataError
 from rlhfjax.lab import outcomes, statistics
@@ -28,7 +29,8 @@ from rlhfjax.report.svg import (
     to_png,
 )
 
-SIZE = (5.2, 3.4)  # inches
+SIZE = (5.8, 3.4)  # inches
+MOST_TICKS = 6  # of a logarithmic axis that has a tick at every point
 LONGEST = 40  # characters of a label
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 
@@ -248,7 +250,7 @@ def _plot(
     if not card.x and not card.lines:
         _name_places(axes, names)
     if any(line.label for line in lines):
-        axes.legend(fontsize=7)
+        plot.legend(fontsize=7, loc="outside right center")
     return plot
 
 
@@ -283,6 +285,11 @@ def _scale(axes: Axes, scale: str, xs: Sequence[float]) -> None:
     """Sets the scale of x; a logarithm or root of what has none stays linear."""
     if scale == "log" and min(xs) > 0:
         axes.set_xscale("log")
+        # By itself the axis writes powers as formulas, which are not parsed here.
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if len(places := sorted(set(xs))) <= MOST_TICKS:
+            axes.set_xticks(places)
     elif scale == "sqrt" and min(xs) >= 0:
         functions = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
         axes.set_xscale("function", functions=functions)
