@@ -169,22 +169,24 @@ def values_of(found: Found) -> dict[str, dict[str, str]]:
 
 
 def gold_baselines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns the greatest value over runs of every metric in BASELINES, with whether it is high.
+    """Returns mean and greatest value over runs of every metric in BASELINES; a high mean is marked.
 
     What predicts a gold reward this well without understanding a response is a substitute for it.
+    One run tells it within two points or so, and the greatest of several is above the truth.
     """
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row["metrics"].items():
             if name.endswith(BASELINES) and value is not None:
-                found[name] = max(value, found.get(name, 0.0))
+                found.setdefault(name, []).append(value)
     return [
         {
             "name": name,
-            "value": tables.number(value, percent=True),
-            "high": value > MOST_PREDICTED,
+            "mean": tables.number(sum(values) / len(values), percent=True),
+            "greatest": tables.number(max(values), percent=True),
+            "high": sum(values) / len(values) > MOST_PREDICTED,
         }
-        for name, value in found.items()
+        for name, values in found.items()
     ]
 
 

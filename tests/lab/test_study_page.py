@@ -95,7 +95,7 @@ def test_the_page_has_the_numbers():
     assert "the seeds do not vary it: every difference is -1" in words
     row = r"name9\s*primary, paired t\s*name5 of name3 > name5 of name4\s*2\s*-1"
     assert re.search(row, words)
-    assert re.search(r"collect/ten_words_accuracy\s*70.0 %\s*too high", words)
+    assert re.search(r"collect/ten_words_accuracy\s*70.0 %\s*70.0 %\s*too high", words)
     assert "another rule" in words and "bit for bit" not in words
     assert "Run twice: name3 (differs in name6)" in words
 
@@ -120,6 +120,23 @@ FOUND = [
 def table(drawn) -> list[dict]:
     text = urllib.parse.unquote(drawn.csv_link.partition(",")[2])
     return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_the_mean_over_runs_says_that_a_gold_reward_is_too_easy():
+    """The greatest of several runs is above 55 % by chance."""
+    rows = [
+        {"metrics": {"collect/length_accuracy": x, "ppo/val_gold": 0.9}}
+        for x in (0.5, 0.58, 0.54, None)
+    ]
+    (found,) = page.gold_baselines(rows)
+    assert found == {
+        "name": "collect/length_accuracy",
+        "mean": "54.0 %",
+        "greatest": "58.0 %",
+        "high": False,
+    }
+    rows[0]["metrics"]["collect/length_accuracy"] = 0.56
+    assert page.gold_baselines(rows)[0]["high"]
 
 
 def test_the_curves_of_the_figure():
