@@ -169,7 +169,7 @@ def values_of(found: Found) -> dict[str, dict[str, str]]:
 
 
 def gold_baselines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns mean and greatest value over runs of every metric in BASELINES; a high mean is marked.
+    """Returns mean and greatest value over runs of every metric in BASELINES; marks a high mean.
 
     What predicts a gold reward this well without understanding a response is a substitute for it.
     One run tells it within two points or so, and the greatest of several is above the truth.
