@@ -82,9 +82,9 @@ STUDY = Study(
             for method in METHODS
         },
         paper="PPO-ptx and PPO are above GPT-3, prompted and not, at every size; PPO-ptx of 1.3B is"
-        " preferred to GPT-3 of 175B (caption).",
+        " preferred to GPT-3 of 175B (caption), and that of 175B wins 73.4 +- 2 % (section 1).",
     ),
-    cost="by the pilots 85 minutes on 2 CPU cores, and the base 17 minutes",
+    cost="74 minutes on 2 CPU cores with --parallel=2, of which the bases take 17",
 )
 
 

@@ -9,6 +9,8 @@ none either: a row has the commit that computed it, and is valid until it is del
 counts as "auto"; the row has the dtype that it stood for.
 """
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, NotRequired
 
@@ -196,7 +198,9 @@ def read_row(workdir: Path, planned: Planned, study: Study) -> Row:
       DataError: a file in it is damaged, or a curve that the study keeps is not there.
     """
     run = read_run(workdir)
-    start = _last_start(run)
+    start = dict(_last_start(run))
+    if "command" in start:
+        start["command"] = without_places(start["command"])
     curves = {name: _series(run, name) for name in study.curves}
     row: Row = {
         "hash": planned.hash,
@@ -212,6 +216,17 @@ def read_row(workdir: Path, planned: Planned, study: Study) -> Row:
         **{key: start[key] for key in _STARTS if key in start},  # pyright: ignore
     }
     return row
+
+
+def without_places(command: str) -> str:
+    """Returns a command without its workdir and caches, which are of one machine.
+
+    `rlhfjax run --config=a.py:seed=1 --workdir=/home/me/a --config.ppo.steps=3` gives
+    `rlhfjax run --config=a.py:seed=1 --config.ppo.steps=3`.
+    """
+    program, *words = shlex.split(command)
+    kept = [word for word in words if re.match(r"--config[=.]|[^-]", word)]
+    return shlex.join([program.rpartition("/")[2], *kept])
 
 
 _STARTS = ("command", "commit", "clean", "date", "hardware", "versions")

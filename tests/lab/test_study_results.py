@@ -45,6 +45,17 @@ def test_a_row_by_hand(rows):
     assert len({row["rule"] for row in rows}) == 1
 
 
+def test_a_rows_command_has_no_places():
+    """Rows are committed, and a workdir or a cache is of one machine."""
+    places = " --workdir='/home/me/my runs/a' --cache=/tmp/c --compilation_cache= "
+    assert (
+        results.without_places(
+            f"/usr/bin/rlhfjax run --config=a.py:x=1,seed=2{places}--config.ppo.steps=3"
+        )
+        == "rlhfjax run --config=a.py:x=1,seed=2 --config.ppo.steps=3"
+    )
+
+
 def test_a_row_is_read_as_it_was_written(rows, tmp_path):
     rows[0]["metrics"]["kl"] = None
     rows[0]["curves"]["val_loss"]["value"][0] = None
