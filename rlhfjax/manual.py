@@ -128,7 +128,7 @@ def stages() -> str:
     )
 
 
-def stage_names() -> list[str]:
+def stage_names() -> tuple[str, ...]:
     from rlhfjax.stages import names
 
     return names()

@@ -96,11 +96,14 @@ def _make_text_losses(config: PolicyConfig, task: Task) -> Callable[[PyTree], Me
     if not text.sources:
         return lambda params: {}
     model, tokenizer = task.policy.model, task.tokenizer
+    length = text.length
+    if not length:
+        length = config.prompt_length + config.max_new_tokens
     batches = loader.pretrain_batches(
         open_sources(text.sources, f"{config.stage}.eval_text.sources"),
         tokenizer,
         batch_size=config.episodes,
-        length=text.length or config.prompt_length + config.max_new_tokens,
+        length=length,
         train=False,
     )
     loss = held_out_loss(model, language_loss(model), tokenizer.byte_lengths())
