@@ -189,6 +189,20 @@ def test_damaged_or_missing_pools_are_one_line(conversations, finished, tmp_path
         recipe.run_stage(config, tmp_path / "run")
 
 
+def test_pitfall_36_saved_pools_with_an_infinite_score_are_refused(
+    conversations, finished, tmp_path
+):
+    first = tmp_path / "first"
+    recipe.run_stage(values(conversations, finished, save_responses=True), first)
+    with np.load(first / "responses.npz") as file:
+        arrays = dict(file)
+    arrays["gold"][7] = np.inf
+    np.savez(first / "responses.npz", **arrays)
+    config = values(conversations, finished, gold="", responses=str(first))
+    with pytest.raises(DataError, match=r"responses\.npz: is damaged"):
+        recipe.run_stage(config, tmp_path / "run")
+
+
 def test_the_tilt_stands_beside_the_curve_where_the_pool_tells_it(
     conversations, finished, tmp_path
 ):

@@ -2,7 +2,7 @@
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3: over d = sqrt(KL) the gold score of best-of-n
   is d (alpha - beta d), and falls in the end if the proxy is weak. There the gold model has 6B, the
-  policy 1.2B, proxies 3M to 3B; here the largest is a fortieth of a percent of that.
+  policy 1.2B, proxies 3M to 3B; here 870, 110 and 11 to 280 thousand parameters.
 Command: rlhfjax sweep --config=experiments/gao2022/figure1a.py --workdir=runs/gao2022/figure1a
 Variants: :proxy=xxs,pairs=256,seed=0 is one run of it.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.

@@ -62,7 +62,7 @@ def proxy(size: str, pairs: int, seed: int) -> dict[str, ConfigDict]:
     comparisons.update(labeler="stage:gold", samples_per_prompt=2)
     comparisons.eval_prompts.limit = 600  # all of the split, for accuracies
     learned = STORIES["reward"](
-        POLICY,
+        size,
         seed,
         prompts=pairs,
         init_from=f"stage:pretrain_{size}",

@@ -30,7 +30,7 @@ class Palette(NamedTuple):
 PAGE = Palette(*(f"#0a0b0{i}" for i in range(6)))
 INK, MUTED, LINE, CARD, FIRST, SECOND = PAGE
 CSS = {color: f"--{name}" for name, color in PAGE._asdict().items()}
-# Those of style.css on a light page, for a file of its own.
+# Those of style.css on a light page, for a picture without a page.
 LIGHT = Palette("#1c1d20", "#6b6e76", "#e2e3e0", "#ffffff", "#2b6cd4", "#d9671e")
 
 

@@ -87,4 +87,5 @@ def _fits(pools: SavedPools) -> bool:
         and np.issubdtype(tokens.dtype, np.integer)
         and attention_mask.dtype == mask.dtype == np.bool_
         and np.issubdtype(gold.dtype, np.floating)
+        and bool(np.isfinite(gold).all())
     )

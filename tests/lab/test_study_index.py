@@ -109,7 +109,7 @@ def test_the_table_replaces_the_one_before(readme, capsys, monkeypatch):
 
 
 def test_the_table_of_experiments_is_current():
-    """In a process of its own: with types checked it takes half a minute."""
+    """In a separate process: with type checks it takes half a minute."""
     command = [sys.executable, "-m", "rlhfjax.lab.index", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
