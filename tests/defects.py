@@ -1058,6 +1058,13 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     ),
     d(
         36,
+        "rl/pools.py",
+        "bool(np.isfinite(gold).all())",
+        "True",
+        "test_stage_best_of_n.py::test_pitfall_36_saved_pools_with_an_infinite_score_are_refused",
+    ),
+    d(
+        36,
         "stages/recenter.py",
         "stats.validate_scores(rewards, context, valid)",
         "pass",
