@@ -27,6 +27,7 @@ SIZES = {"s": (48, 3), "m": (80, 3), "l": (128, 4)}
 SMALLER = {"xxs": (16, 1), "xs": (32, 2)}  # of reward models
 RATE, STEPS = 2e-3, 4000  # of pretraining
 DTYPE = "float32"  # the same numbers on every machine
+SCALES = ("small", "full")  # 2 CPU cores; accelerators
 
 
 def source(name: str, split: str) -> dict[str, Any]:
@@ -193,6 +194,28 @@ def evaluate(seed: int, policy: str, baseline: str, **changes: Any) -> ConfigDic
     return stage_config("evaluate", **options | changes)
 
 
-def recipe(**stages: ConfigDict) -> ConfigDict:
+def recipe(scale: str = "small", **stages: ConfigDict) -> ConfigDict:
     """Returns a recipe of stages, in their order."""
+    if scale == "full":
+        for stage in stages.values():
+            widen(stage)
     return ConfigDict({"stages": tuple(stages), **stages})
+
+
+def widen(stage: ConfigDict, factor: int = 8) -> None:
+    """Makes a stage one for accelerators: s, m and l have 11, 30 and 103 million parameters.
+
+    A model is `factor` times as wide (its heads, too) and twice as deep, in bfloat16; pretraining
+    and PPO have `factor` times the rows. Rates fall as the width rises (Yang et al. 2022, arXiv
+    2203.03466, table 3, hidden weights under Adam). No such run has been made.
+    """
+    if stage.stage == "pretrain":
+        stage.model.dtype = "bfloat16"
+        stage.model.n_layers *= 2
+        for name in ("d_model", "d_ff"):
+            stage.model[name] *= factor
+    if stage.stage in ("pretrain", "ppo", "collect"):
+        stage.batch_size *= factor
+    for name in ("optim", "value_optim"):
+        if name in stage:
+            stage[name].learning_rate /= factor

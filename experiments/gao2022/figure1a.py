@@ -4,7 +4,7 @@ Paper: Gao et al. 2022 (arXiv 2210.10760), section 3: over d = sqrt(KL) the gold
   is d (alpha - beta d), and falls in the end if the proxy is weak. There the gold model has 6B, the
   policy 1.2B, proxies 3M to 3B; here 870, 110 and 11 to 280 thousand parameters.
 Command: rlhfjax sweep --config=experiments/gao2022/figure1a.py --workdir=runs/gao2022/figure1a
-Variants: :proxy=xxs,pairs=256,seed=0 is one run of it.
+Variants: :proxy=xxs,pairs=256,seed=0 is one run of it; :scale=full is for accelerators.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -22,7 +22,11 @@ from rlhfjax.sweep import grid, product, seeds
 SMALL = runpy.run_path(str(Path(__file__).with_name("small.py")))
 PROXIES, PAIRS = SMALL["PROXIES"], tuple(map(str, SMALL["PAIRS"]))
 SEEDS = 5  # pilots had seeds from 100 on
-VARIANTS = ("proxy=xxs,pairs=256", "proxy=m,pairs=4096")
+VARIANTS = (
+    "proxy=xxs,pairs=256",
+    "proxy=m,pairs=4096",
+    "proxy=m,pairs=4096,scale=full",
+)
 
 
 def gain(run):
@@ -125,7 +129,9 @@ STUDY = Study(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, proxy=PROXIES, pairs=PAIRS, seed=0)
+    arg = parse_arg(
+        arg, proxy=PROXIES, pairs=PAIRS, scale=SMALL["STORIES"]["SCALES"], seed=0
+    )
     stages = SMALL["shared"]() | SMALL["proxy"](arg.proxy, int(arg.pairs), arg.seed)
     stages["best_of_n"] = stage_config(
         "best_of_n",
@@ -134,7 +140,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         responses="stage:pool",
         **SMALL["pools"](),
     )
-    return SMALL["STORIES"]["recipe"](**stages)
+    return SMALL["STORIES"]["recipe"](arg.scale, **stages)
 
 
 def sweep(add) -> None:

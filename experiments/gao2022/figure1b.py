@@ -4,7 +4,8 @@ Paper: Gao et al. 2022 (arXiv 2210.10760), sections 3 and 3.6: without a KL pena
   rises and the gold score falls in the end; a penalty stops the policy earlier on the same curve of
   gold over KL, as early stopping would.
 Command: rlhfjax sweep --config=experiments/gao2022/figure1b.py --workdir=runs/gao2022/figure1b
-Variants: :proxy=weak,seed=0 is one run of it, with both policies.
+Variants: :proxy=weak,seed=0 is one run of it, with both policies; :scale=full is for
+  accelerators.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -25,7 +26,7 @@ PROXIES = {"weak": ("xs", 256), "strong": ("m", 4096)}
 ITERATIONS = 150
 PENALTY = 0.1
 SEEDS = 5  # pilots had seeds from 100 on
-VARIANTS = ("proxy=weak", "proxy=strong")
+VARIANTS = ("proxy=weak", "proxy=strong", "proxy=weak,scale=full")
 
 
 def proxy_gain(run) -> float:
@@ -120,7 +121,7 @@ STUDY = Study(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, proxy=tuple(PROXIES), seed=0)
+    arg = parse_arg(arg, proxy=tuple(PROXIES), scale=STORIES["SCALES"], seed=0)
     stages = SMALL["shared"]() | SMALL["proxy"](*PROXIES[arg.proxy], arg.seed)
     for name, coefficient in (("ppo", 0.0), ("penalized", PENALTY)):
         stages[name] = STORIES["ppo"](
@@ -132,7 +133,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             eval_prompts=SMALL["held_out"]() | {"limit": 256},
             **STORIES["loop"](ITERATIONS, evals=30),
         )
-    return STORIES["recipe"](**stages)
+    return STORIES["recipe"](arg.scale, **stages)
 
 
 def sweep(add) -> None:

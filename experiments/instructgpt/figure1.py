@@ -7,7 +7,7 @@ Paper: Ouyang et al. 2022 (arXiv 2203.02155), figure 1: the 1.3B PPO-ptx model i
   model is eight times the smallest.
 Command: rlhfjax sweep --config=experiments/instructgpt/figure1.py
     --workdir=runs/instructgpt/figure1
-Variants: :size=s,method=ppo_ptx,seed=0 is one run of it.
+Variants: :size=s,method=ppo_ptx,seed=0 is one run of it; :scale=full is for accelerators.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -25,7 +25,13 @@ SIZES = tuple(STORIES["SIZES"])
 METHODS = ("base", "prompted", "sft", "ppo", "ppo_ptx")
 LARGEST, REWARD = "l", "l"  # the baseline; C.2: one reward model for all sizes
 SEEDS = 5  # pilots had seeds from 100 on
-VARIANTS = ("size=s,method=ppo_ptx", "size=l,method=prompted", "size=m,method=sft")
+VARIANTS = (
+    "size=s,method=ppo_ptx",
+    "size=l,method=prompted",
+    "size=m,method=sft",
+    "size=l,method=ppo_ptx,scale=full",
+)
+# At scale=full about a hundred times as many; the axis keeps these.
 PARAMETERS = {"s": 110_000, "m": 280_000, "l": 870_000}
 
 STUDY = Study(
@@ -89,7 +95,7 @@ STUDY = Study(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size=SIZES, method=METHODS, seed=0)
+    arg = parse_arg(arg, size=SIZES, method=METHODS, scale=STORIES["SCALES"], seed=0)
     stages = STORIES["base"](arg.seed)
     stages |= STORIES["labeled"](REWARD, arg.seed)
     if arg.method in ("ppo", "ppo_ptx"):
@@ -101,7 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         f"stage:sft_{LARGEST}",
         **prompted(arg.method),
     )
-    return STORIES["recipe"](**stages)
+    return STORIES["recipe"](arg.scale, **stages)
 
 
 def ptx(method: str) -> dict:

@@ -5,7 +5,7 @@ Paper: Ouyang et al. 2022 (arXiv 2203.02155), sections 4.2 and appendix E.6: PPO
   without giving up reward. Here the tax is the loss on text of a third kind, verses, which the base
   was pretrained on and which neither SFT nor the mixed-in text contains.
 Command: rlhfjax sweep --config=experiments/instructgpt/ptx.py --workdir=runs/instructgpt/ptx
-Variants: :method=ptx,seed=0 is one run of it.
+Variants: :method=ptx,seed=0 is one run of it; :scale=full is for accelerators.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -25,7 +25,7 @@ SIZE = "m"  # of policy and reward model
 LEVEL = 0.5  # gold reward at which methods are compared; all reach it
 BETA, LARGER_BETA = 0.05, 0.2
 SEEDS = 5  # pilots had seeds from 100 on
-VARIANTS = ("method=ptx", "method=beta")
+VARIANTS = ("method=ptx", "method=beta", "method=ptx,scale=full")
 
 
 def loss_at_level(run) -> float:
@@ -86,7 +86,7 @@ STUDY = Study(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, method=METHODS, seed=0)
+    arg = parse_arg(arg, method=METHODS, scale=STORIES["SCALES"], seed=0)
     forum, chats, verses = texts("train")
     base = {
         "sources": (
@@ -118,7 +118,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         f"stage:sft_{SIZE}",
         tax={"texts": texts("validation")[2:], "batches": 8},
     )
-    return STORIES["recipe"](**stages)
+    return STORIES["recipe"](arg.scale, **stages)
 
 
 def texts(split: str) -> tuple[dict, dict, dict]:

@@ -4,7 +4,7 @@ Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: the penalty keeps th
   reward model holds, and the best policy at a KL is pi ∝ rho exp(r / beta); table 10: without it
   the samples collapse. The controller of the coefficient is measured in docs/optimum.md.
 Command: rlhfjax sweep --config=experiments/ziegler2019/beta.py --workdir=runs/ziegler2019/beta
-Variants: :beta=0.2,seed=0 is one run of it.
+Variants: :beta=0.2,seed=0 is one run of it; :scale=full is for accelerators.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -27,7 +27,7 @@ PROMPTS = 128  # held-out requests, of PPO's evaluations and of the pools
 POOL = 512  # of the SFT: it tells the best policy up to log 512 - 3 = 3.2 nats
 SAMPLES = 16  # of a policy per request, to count how many are distinct
 SEEDS = 5  # pilots had seeds from 100 on
-VARIANTS = ("beta=0.0", "beta=0.5")
+VARIANTS = ("beta=0.0", "beta=0.5", "beta=0.5,scale=full")
 
 
 def share_of_best(run) -> float:
@@ -106,7 +106,7 @@ STUDY = Study(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, beta=BETAS, seed=0)
+    arg = parse_arg(arg, beta=BETAS, scale=STORIES["SCALES"], seed=0)
     stages = STORIES["base"](arg.seed)
     stages |= STORIES["labeled"](REWARD, arg.seed)
     stages["pool"] = pool(f"stage:sft_{POLICY}", POOL, arg.seed)
@@ -117,7 +117,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_prompts=held_out(),
     )
     stages["responses"] = pool("stage:ppo", SAMPLES, arg.seed)
-    return STORIES["recipe"](**stages)
+    return STORIES["recipe"](arg.scale, **stages)
 
 
 def held_out() -> dict:

@@ -92,3 +92,10 @@ def test_the_share_of_the_best_gain_at_a_kl():
     assert share(run) == pytest.approx(0.6)
     far = outcome({"ppo/val_kl": 4.5, "ppo/val_proxy": 4.0}, **curves)
     assert math.isnan(share(far))
+
+
+def test_the_diversity_that_is_kept():
+    run = outcome(
+        {"evaluate/distinct_2_policy": 0.6, "evaluate/distinct_2_baseline": 0.75}
+    )
+    assert study("smollm2/diversity.py")["kept"](run) == pytest.approx(0.8)

@@ -31,6 +31,7 @@ UNPLANNED = {
         "iterated/recipe.py",
     ),
     *("quickstart/recipe.py", "quickstart/stages.py", "smollm2/recipe.py"),
+    "smollm2/diversity.py",
     *("chitchat_ratings/recipe.py", "chinese/recipe.py", "prepare/recipe.py"),
     *("human/recipe.py", "instructgpt/figure1.py", "instructgpt/ptx.py"),
     *("gao2022/figure1a.py", "gao2022/figure1b.py", "ziegler2019/beta.py"),
