@@ -1,4 +1,4 @@
-"""Over-optimization, step 5: picks the best of n by a proxy, measures by gold; or a toy.
+"""Over-optimization, step 5: picks the best of n by a proxy, measures by gold.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL),
   nats: R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy
@@ -6,11 +6,9 @@ Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score
   coefficients are not printed as numbers.
 Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m
     --workdir=runs/gao2022/1.2b/best_of_n_85m
-  rlhfjax run --config=experiments/gao2022/best_of_n.py:size=toy
-      --workdir=runs/gao2022/toy_best_of_n
-  then python experiments/gao2022/curve.py runs/gao2022/toy_best_of_n
 Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :pool=60000; :pairs=2000; :seed=1.
-Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Time and result: README.md beside this file; at small scale:
+  figure1a.py.
 """
 
 import runpy
@@ -19,35 +17,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import Argument, parse_arg
-from rlhfjax.ranges import Count
+from rlhfjax.ranges import PositiveCount
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
-TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 PROXY = runpy.run_path(str(HERE / "proxy.py"))
 COLLECT = runpy.run_path(str(HERE / "collect.py"))
-VARIANTS = ("", "proxy=3m", "proxy=3b", "pool=60000", "size=toy")
+VARIANTS = ("", "proxy=3m", "proxy=3b", "pool=60000")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
         arg,
-        size=("paper", "toy"),
         policy=("1.2b", "6b"),
         proxy=("85m", *PROXY["SIZES"]),
-        pairs=Argument(0, Count),
+        pairs=Argument(COLLECT["PAIRS"], PositiveCount),
         pool=1000,
         seed=0,
     )
-    return (
-        toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
-        if arg.size == "toy"
-        else paper(arg)
-    )
-
-
-def paper(arg: ConfigDict) -> ConfigDict:
-    pairs = arg.pairs or COLLECT["PAIRS"]
     prompts = {
         "spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl",
         "kind": "prompt",
@@ -56,7 +43,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "best_of_n",
         init_from=f"runs/gao2022/{arg.policy}/sft",
-        proxy=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{pairs}",
+        proxy=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{arg.pairs}",
         gold="runs/gao2022/gold",
         prompts={"source": prompts, "limit": 256},  # our choice
         pool=arg.pool,  # section 3: the form was found up to n = 1,000 and held up to 60,000
@@ -66,11 +53,3 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=256,
         seed=arg.seed,
     )
-
-
-def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
-    """Returns the toy recipe: pools of 512 responses to 64 held-out prompts."""
-    best_of_n = TOY["best_of_n"](
-        seed, proxy="stage:proxy", gold="stage:gold", pool=512, batch_size=512
-    )
-    return TOY["add"](PROXY["toy"](seed, pairs), best_of_n=best_of_n)

@@ -35,6 +35,13 @@ def proxy_gain(run) -> float:
     return curve[-1] - curve[0]
 
 
+def fitted(run) -> np.ndarray:
+    """alpha and beta of gold = d (alpha - beta log d), by least squares; at d = 0 it is 0."""
+    kl, gold = np.array(run.curve("ppo/val_kl")), np.array(run.curve("ppo/val_gold"))
+    d, gold = np.sqrt(kl[kl > 0]), gold[kl > 0]
+    return np.linalg.lstsq(np.stack([d, -d * np.log(d)], axis=1), gold, rcond=None)[0]
+
+
 def off_the_curve(run) -> float:
     """Gold reward at the end of PPO with a penalty, less that without one at the same KL.
 
@@ -61,6 +68,8 @@ STUDY = Study(
         "fall of gold": fall_from_peak("ppo/val_gold"),
         "proxy gain": proxy_gain,
         "off the curve": off_the_curve,
+        "alpha": lambda run: fitted(run)[0],
+        "beta": lambda run: fitted(run)[1],
         "KL": "ppo/val_kl",
         "KL with penalty": "penalized/val_kl",
     },

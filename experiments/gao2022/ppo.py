@@ -1,4 +1,4 @@
-"""Over-optimization, step 6: PPO against a proxy, no KL penalty, measured by gold; or a toy.
+"""Over-optimization, step 6: PPO against a proxy, no KL penalty, measured by gold.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d
   = sqrt(KL), nats: R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to
@@ -6,11 +6,10 @@ Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there
   numbers.
 Command: rlhfjax train --config=experiments/gao2022/ppo.py:proxy=85m
     --workdir=runs/gao2022/1.2b/ppo_85m
-  rlhfjax run --config=experiments/gao2022/ppo.py:size=toy --workdir=runs/gao2022/toy
-  then python experiments/gao2022/curve.py runs/gao2022/toy
 Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :kl=0.05, the penalty of section 3.6;
   :pairs=2000; :seed=1.
-Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Time and result: README.md beside this file; at small scale:
+  figure1b.py.
 """
 
 import runpy
@@ -19,14 +18,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import Argument, parse_arg
-from rlhfjax.ranges import Count
+from rlhfjax.ranges import PositiveCount
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
-TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 PROXY = runpy.run_path(str(HERE / "proxy.py"))
 COLLECT = runpy.run_path(str(HERE / "collect.py"))
-VARIANTS = ("", "proxy=3m", "proxy=3b", "policy=6b", "kl=0.05", "size=toy")
+VARIANTS = ("", "proxy=3m", "proxy=3b", "policy=6b", "kl=0.05")
 
 BATCH = 256  # table 1 (appendix C)
 MINIBATCHES = 128  # table 1 (appendix C), per epoch
@@ -37,35 +35,12 @@ RATE = {"1.2b": 2.0e-4, "6b": 1.2e-4}  # GPT-3's table 2.1
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
         arg,
-        size=("paper", "toy"),
         policy=tuple(RATE),
         proxy=("85m", *PROXY["SIZES"]),
-        pairs=Argument(0, Count),
+        pairs=Argument(COLLECT["PAIRS"], PositiveCount),
         kl=0.0,
         seed=0,
     )
-    return toy(arg) if arg.size == "toy" else paper(arg)
-
-
-def algorithm(arg: ConfigDict) -> dict:
-    """Returns the options that do not depend on the size."""
-    return {
-        "kl": {"coefficient": arg.kl},  # section 2: 0, but for section 3.6
-        "epochs": 1,  # unpublished; WebGPT's table 7, whose other defaults agree with table 1
-        "clip": 0.2,  # table 1 (appendix C)
-        "lam": 0.95,  # table 1 (appendix C)
-        "gamma": 1.0,  # unpublished; WebGPT's table 7
-        "value": "policy",  # unpublished; a proxy may be far smaller than the policy
-        "value_clip": 0.2,  # unpublished
-        "value_coefficient": 0.1,  # unpublished
-        # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
-        "whiten_advantages": "batch",
-        "temperature": 1.0,  # unpublished; InstructGPT
-    }
-
-
-def paper(arg: ConfigDict) -> ConfigDict:
-    pairs = arg.pairs or COLLECT["PAIRS"]
     prompts = {
         "spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl",
         "kind": "prompt",
@@ -82,7 +57,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "ppo",
         init_from=f"runs/gao2022/{arg.policy}/sft",
-        reward=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{pairs}",
+        reward=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{arg.pairs}",
         gold="runs/gao2022/gold",
         prompts={"source": prompts},
         # our choice
@@ -103,29 +78,21 @@ def paper(arg: ConfigDict) -> ConfigDict:
     )
 
 
-def toy(arg: ConfigDict) -> ConfigDict:
-    """Returns the toy recipe: its proxy, PPO without a penalty, best-of-n for comparison."""
-    config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](
-        arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]
-    )
-    optim = {"learning_rate": 5e-4, "schedule": "constant"}
-    policy = TOY["policy"](
-        "ppo",
-        arg.seed,
-        reward="stage:proxy",
-        gold="stage:gold",
-        eval_prompts={"source": config.best_of_n.prompts.source, "limit": 64},
-        batch_size=64,
-        minibatches=4,
-        optim=optim,
-        value_optim=optim,
-        **TOY["loop"](60, evals=20),
-        **algorithm(arg),
-    )
-    evaluate = TOY["evaluate"](
-        arg.seed, policy="stage:ppo", gold="stage:gold", proxy="stage:proxy"
-    )
-    return TOY["add"](config, ppo=policy, evaluate=evaluate)
+def algorithm(arg: ConfigDict) -> dict:
+    """Returns the options of the algorithm."""
+    return {
+        "kl": {"coefficient": arg.kl},  # section 2: 0, but for section 3.6
+        "epochs": 1,  # unpublished; WebGPT's table 7, whose other defaults agree with table 1
+        "clip": 0.2,  # table 1 (appendix C)
+        "lam": 0.95,  # table 1 (appendix C)
+        "gamma": 1.0,  # unpublished; WebGPT's table 7
+        "value": "policy",  # unpublished; a proxy may be far smaller than the policy
+        "value_clip": 0.2,  # unpublished
+        "value_coefficient": 0.1,  # unpublished
+        # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
+        "whiten_advantages": "batch",
+        "temperature": 1.0,  # unpublished; InstructGPT
+    }
 
 
 def sweep(add) -> None:

@@ -1,12 +1,12 @@
-"""Over-optimization, step 4: trains proxy reward models of many sizes; or a toy.
+"""Over-optimization, step 4: trains proxy reward models of many sizes.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 2, appendix C.
 Command: rlhfjax train --config=experiments/gao2022/proxy.py:proxy=85m
     --workdir=runs/gao2022/1.2b/proxy_85m_90000
-  rlhfjax run --config=experiments/gao2022/proxy.py:size=toy --workdir=runs/gao2022/toy_proxy
 Variants: :proxy=3m, 12m, 25m, 42m, 85m, 300m, 680m, 1.2b or 3b; :policy=6b; :pairs=2000, the
   comparisons to learn from (those of `collect.py` with the same argument); :seed=1.
-Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Time and result: README.md beside this file; at small scale:
+  figure1a.py.
 """
 
 import runpy
@@ -15,13 +15,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import Argument, parse_arg
-from rlhfjax.ranges import Count
+from rlhfjax.ranges import PositiveCount
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
-TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 COLLECT = runpy.run_path(str(HERE / "collect.py"))
-VARIANTS = ("", "proxy=3m", "proxy=3b", "proxy=85m,pairs=2000", "size=toy")
+VARIANTS = ("", "proxy=3m", "proxy=3b", "proxy=85m,pairs=2000")
 
 BATCH = 64  # table 1 (appendix C)
 MULTIPLIER = 1.67e-2  # table 1 (appendix C), of a learning rate that it does not name
@@ -47,27 +46,17 @@ SIZES = {
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
         arg,
-        size=("paper", "toy"),
         policy=("1.2b", "6b"),
         proxy=("85m", *SIZES),
-        pairs=Argument(0, Count),
+        pairs=Argument(COLLECT["PAIRS"], PositiveCount),
         seed=0,
     )
-    return (
-        toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
-        if arg.size == "toy"
-        else paper(arg)
-    )
-
-
-def paper(arg: ConfigDict) -> ConfigDict:
-    pairs = arg.pairs or COLLECT["PAIRS"]
     start, rate = SIZES[arg.proxy]
-    steps = pairs // BATCH
+    steps = arg.pairs // BATCH
     return stage_config(
         "reward",
         init_from=start,  # unpublished whether pretrained alone or fine-tuned; pretrained
-        preferences=(f"runs/gao2022/{arg.policy}/comparisons_{pairs}/preferences",),
+        preferences=(f"runs/gao2022/{arg.policy}/comparisons_{arg.pairs}/preferences",),
         length=COLLECT["PROMPT"] + COLLECT["ANSWER"],
         batch_size=BATCH,
         steps=steps,  # one epoch; more epochs do not replace data (figure 13)
@@ -90,22 +79,3 @@ def paper(arg: ConfigDict) -> ConfigDict:
             "clip_norm": 1.0,  # unpublished; GPT-3's
         },
     )
-
-
-def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
-    """Returns the toy recipe: a small proxy trained on the gold model's comparisons, one epoch."""
-    config = COLLECT["toy"](seed, pairs)
-    small = ConfigDict(config.pretrain.to_dict())
-    small.update(TOY["loop"](150))
-    small.model.update(d_model=16, n_layers=1, n_heads=1, d_ff=44)
-    proxy = TOY["ranked"](
-        "reward",
-        config.collect,
-        batch_size=16,
-        init_from="stage:small",
-        loss={"name": "bradley_terry"},
-        normalize="mean_std",
-        seed=seed,
-        optim={"learning_rate": 3e-3, "warmup_steps": 4, "final_fraction": 0.1},
-    )
-    return TOY["add"](config, small=small, proxy=proxy)

@@ -1,14 +1,14 @@
-"""Trains the reward models of Ziegler et al. on the best of four responses; or a toy on dialogue.
+"""Trains the reward models of Ziegler et al. on the best of four responses.
 
 Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 2.3; and its released code,
   lm-human-preferences (launch.py, train_reward.py), which differs in size, batch, learning rate and
   labels.
 Command: rlhfjax train --config=experiments/ziegler2019/reward.py:task=tldr
     --workdir=runs/ziegler2019/774m/tldr/reward
-  rlhfjax run --config=experiments/ziegler2019/reward.py:size=toy --workdir=runs/ziegler2019/toy
 Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released
   code; :seed=1.
-Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
+Hardware: not named by the paper. Time and result: README.md beside this file; at small scale:
+  beta.py.
 """
 
 import runpy
@@ -19,12 +19,11 @@ from ml_collections import ConfigDict
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
-TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 SFT = runpy.run_path(str(Path(__file__).with_name("sft.py")))
 VARIANTS = tuple(
     f"task={task}{rest}"
     for task in ("sentiment", "descriptiveness", "cnndm", "tldr")
-    for rest in ("", ",numbers=code", ",size=toy")
+    for rest in ("", ",numbers=code")
 )
 KIND = SFT["KIND"]
 # section 2.1; the code was released for, and tested with, the smallest GPT-2
@@ -52,10 +51,24 @@ NUMBERS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(
-        arg, task=tuple(KIND), size=("paper", "toy"), numbers=("paper", "code"), seed=0
+    arg = parse_arg(arg, task=tuple(KIND), numbers=("paper", "code"), seed=0)
+    kind, numbers = KIND[arg.task], NUMBERS[arg.numbers, KIND[arg.task]]
+    return stage_config(
+        "reward",
+        init_from=start(arg),
+        # rows of prompt, completions (four samples of the policy at its start) and scores, 1 for
+        # the one picked
+        preferences=(f"jsonl:data/{arg.task}/best_of_4_{{split}}*.jsonl",),
+        length=QUERY[kind] + RESPONSE[kind],
+        batch_size=numbers["batch_size"],
+        steps=numbers["labels"] // numbers["batch_size"],  # one epoch
+        overrides={"dropout": 0.0},  # section 2.2: no dropout
+        eval_every=50,
+        checkpoint={"every": 150, "minutes": 15.0},
+        seed=arg.seed,
+        optim=optim(numbers["learning_rate"]),
+        **loss(),
     )
-    return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def start(arg: ConfigDict) -> str:
@@ -84,49 +97,4 @@ def loss() -> dict:
         "normalize_before": "mean_std",  # the code; the paper only has the second normalization
         # section 2.2: mean 0, variance 1 on samples of the policy at its start
         "normalize": "mean_std",
-    }
-
-
-def paper(arg: ConfigDict) -> ConfigDict:
-    kind, numbers = KIND[arg.task], NUMBERS[arg.numbers, KIND[arg.task]]
-    return stage_config(
-        "reward",
-        init_from=start(arg),
-        # rows of prompt, completions (four samples of the policy at its start) and scores, 1 for
-        # the one picked
-        preferences=(f"jsonl:data/{arg.task}/best_of_4_{{split}}*.jsonl",),
-        length=QUERY[kind] + RESPONSE[kind],
-        batch_size=numbers["batch_size"],
-        steps=numbers["labels"] // numbers["batch_size"],  # one epoch
-        overrides={"dropout": 0.0},  # section 2.2: no dropout
-        eval_every=50,
-        checkpoint={"every": 150, "minutes": 15.0},
-        seed=arg.seed,
-        optim=optim(numbers["learning_rate"]),
-        **loss(),
-    )
-
-
-def toy(arg: ConfigDict) -> ConfigDict:
-    """Returns the toy recipe: the quickstart's labeler picks the best of four responses."""
-    config = SFT["toy"](arg)
-    collect = TOY["collect"](
-        arg.seed, samples_per_prompt=4, prompts=1024, held_out=96, **sampling(arg)
-    )
-    # section 2.2, for style: batches of 8
-    reward = TOY["ranked"](
-        "reward", collect, batch_size=8, evals=4, optim=optim(5e-4), **loss()
-    )
-    return TOY["add"](config, collect=collect, reward=reward)
-
-
-def sampling(arg: ConfigDict) -> dict:
-    """Returns the toy's sampling: style as in the paper, short summaries cut at a full stop."""
-    length = RESPONSE["style"] if KIND[arg.task] == "style" else 32
-    return {
-        **TOY["sampling"](arg.seed),
-        "max_new_tokens": length,
-        "temperature": TEMPERATURE[arg.task],
-        "stop_at_eos": False,
-        "truncate": {"token": ".", "after": length - 8, "value": -1.0},
     }

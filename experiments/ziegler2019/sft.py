@@ -3,22 +3,17 @@
 Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first;
   summaries start from GPT-2 as it is, or from the second.
 Command: rlhfjax train --config=experiments/ziegler2019/sft.py --workdir=runs/ziegler2019/774m/books
-  rlhfjax run --config=experiments/ziegler2019/sft.py:size=toy --workdir=runs/ziegler2019/toy
 Variants: :task=sentiment or descriptiveness (the same books), cnndm, tldr; :seed=1.
-Hardware: toy: 2 CPU cores, minutes. The paper names none for this stage. Time and result: README.md
-  beside this file.
+Hardware: the paper names none for this stage. Time and result: README.md beside this file; at small
+  scale: beta.py.
 """
-
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
-TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-VARIANTS = ("", "task=cnndm", "task=tldr", "size=toy", "task=tldr,size=toy")
+VARIANTS = ("", "task=cnndm", "task=tldr")
 KIND = {
     "sentiment": "style",
     "descriptiveness": "style",
@@ -28,29 +23,7 @@ KIND = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task=tuple(KIND), size=("paper", "toy"), seed=0)
-    return toy(arg) if arg.size == "toy" else paper(arg)
-
-
-def data(arg: ConfigDict) -> dict:
-    """Returns the sources: whole books for the pretrain stage, summaries for the sft stage."""
-    kind, folder = (
-        ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
-    )
-
-    def split(name):
-        return (
-            {
-                "spec": f"jsonl:data/{folder}/{{split}}*.jsonl",
-                "kind": kind,
-                "split": name,
-            },
-        )
-
-    return {"sources": split("train"), "eval_sources": split("validation")}
-
-
-def paper(arg: ConfigDict) -> ConfigDict:
+    arg = parse_arg(arg, task=tuple(KIND), seed=0)
     return stage_config(
         "pretrain" if KIND[arg.task] == "style" else "sft",
         init_from="runs/ziegler2019/774m/gpt2",  # section 2.1: GPT-2 of 774M parameters
@@ -77,12 +50,19 @@ def paper(arg: ConfigDict) -> ConfigDict:
     )
 
 
-def toy(arg: ConfigDict) -> ConfigDict:
-    """Returns the toy recipe: the quickstart's dialogues in place of books, or its fine-tuning."""
-    config = TOY["quickstart"](arg.seed, until="sft")
-    sft = TOY["quickstart"](arg.seed).sft
-    if KIND[arg.task] == "style":
-        sft.stage = "pretrain"
-        del sft.eval_reward
-        sft.cross_document = False
-    return TOY["add"](config, sft=sft)
+def data(arg: ConfigDict) -> dict:
+    """Returns the sources: whole books for the pretrain stage, summaries for the sft stage."""
+    kind, folder = (
+        ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
+    )
+
+    def split(name):
+        return (
+            {
+                "spec": f"jsonl:data/{folder}/{{split}}*.jsonl",
+                "kind": kind,
+                "split": name,
+            },
+        )
+
+    return {"sources": split("train"), "eval_sources": split("validation")}

@@ -57,6 +57,14 @@ def test_the_form_that_made_the_curve_predicts_larger_n_best(curve, better):
     assert (value > 0.01) if better else (value < -0.01)
 
 
+def test_coefficients_of_rl_are_those_that_made_the_curve():
+    kl = np.array([-0.01, 0.5, 2.0, 5.0, 9.0, 20.0])  # an estimate may be below 0
+    d = np.sqrt(np.maximum(kl, 1e-9))
+    run = outcome(ppo__val_kl=kl, ppo__val_gold=d * (0.34 - 0.17 * np.log(d)))
+    found = study("gao2022/figure1b.py")["fitted"](run)
+    assert found == pytest.approx((0.34, 0.17))
+
+
 def test_what_a_penalty_costs_on_the_curve_of_gold_over_kl():
     """Gold is 1 - (KL - 4)^2 / 16 without penalty; with one it ends 0.1 above it at a KL of 2."""
     kl = np.linspace(0, 10, 101)
