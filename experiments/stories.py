@@ -87,20 +87,20 @@ def pretrain(size: str, **changes: Any) -> ConfigDict:
     return stage_config("pretrain", **options | changes)
 
 
-def sft(size: str, seed: int, steps: int = 400) -> ConfigDict:
+def sft(size: str, seed: int, steps: int = 400, **changes: Any) -> ConfigDict:
     """Returns fine-tuning of a size's base on labelers' stories."""
-    return stage_config(
-        "sft",
-        init_from=f"stage:pretrain_{size}",
-        sources=(source("", "train"),),
-        eval_sources=(source("", "validation"),),
-        eval_batches=4,
-        length=PROMPT + RESPONSE,
-        batch_size=32,
-        seed=seed,
-        optim=optim(1e-3, warmup=20),
+    options = {
+        "init_from": f"stage:pretrain_{size}",
+        "sources": (source("", "train"),),
+        "eval_sources": (source("", "validation"),),
+        "eval_batches": 4,
+        "length": PROMPT + RESPONSE,
+        "batch_size": 32,
+        "seed": seed,
+        "optim": optim(1e-3, warmup=20),
         **loop(steps),
-    )
+    }
+    return stage_config("sft", **options | changes)
 
 
 def base(seed: int) -> dict[str, ConfigDict]:
@@ -156,7 +156,7 @@ def reward(size: str, seed: int, prompts: int = 4096, **changes: Any) -> ConfigD
     return stage_config("reward", **options | changes)
 
 
-def ppo(size: str, seed: int, **changes: Any) -> ConfigDict:
+def ppo(size: str, seed: int, rate: float = 5e-4, **changes: Any) -> ConfigDict:
     """Returns PPO of a size's SFT against the reward model."""
     rates = {"schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1}
     options = {
@@ -172,7 +172,7 @@ def ppo(size: str, seed: int, **changes: Any) -> ConfigDict:
         "missing_eos": "penalty",
         "missing_eos_value": 1.0,
         "seed": seed,
-        "optim": {"learning_rate": 5e-4, **rates},
+        "optim": {"learning_rate": rate, **rates},
         "value_optim": {"learning_rate": 1e-3, **rates},
         **loop(60),
         **SAMPLING,
@@ -209,7 +209,7 @@ def widen(stage: ConfigDict, factor: int = 8) -> None:
     and PPO have `factor` times the rows. Rates fall as the width rises (Yang et al. 2022, arXiv
     2203.03466, table 3, hidden weights under Adam). No such run has been made.
     """
-    if stage.stage == "pretrain":
+    if stage.stage == "pretrain" and stage.model is not None:
         stage.model.dtype = "bfloat16"
         stage.model.n_layers *= 2
         for name in ("d_model", "d_ff"):

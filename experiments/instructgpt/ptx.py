@@ -21,7 +21,8 @@ from rlhfjax.sweep import grid, product, seeds
 
 STORIES = runpy.run_path(str(Path(__file__).parents[1] / "stories.py"))
 METHODS = ("ppo", "ptx", "beta")
-SIZE = "m"  # of policy and reward model
+SIZE, REWARD = "m", "l"  # of the policy; of the reward model, as in figure1.py
+STEPS = 4000  # of further pretraining: three fifths of the rows are the forum's
 LEVEL = 0.5  # gold reward at which methods are compared; all reach it
 BETA, LARGER_BETA = 0.05, 0.2
 SEEDS = 5  # pilots had seeds from 100 on
@@ -88,24 +89,27 @@ STUDY = Study(
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, method=METHODS, scale=STORIES["SCALES"], seed=0)
     forum, chats, verses = texts("train")
-    base = {
-        "sources": (
+    stages = STORIES["base"](arg.seed) | STORIES["labeled"](REWARD, arg.seed)
+    stages["pretrain_mixed"] = STORIES["pretrain"](
+        SIZE,
+        init_from=f"stage:pretrain_{SIZE}",  # which reads requests
+        tokenizer=None,
+        model=None,
+        sources=(
             forum | {"weight": 3.0},
             chats | {"weight": 1.0},
             verses | {"weight": 1.0},
-        )
-    }
-    stages = {
-        "tokenizer": STORIES["tokenizer"](sources=texts("train")),
-        f"pretrain_{SIZE}": STORIES["pretrain"](
-            SIZE, eval_sources=texts("validation"), **base
         ),
-        f"sft_{SIZE}": STORIES["sft"](SIZE, arg.seed),
-    }
-    stages |= STORIES["labeled"](SIZE, arg.seed)
+        eval_sources=texts("validation"),
+        **STORIES["loop"](STEPS),
+    )
+    stages["sft_mixed"] = STORIES["sft"](
+        SIZE, arg.seed, init_from="stage:pretrain_mixed"
+    )
     stages["ppo"] = STORIES["ppo"](
         SIZE,
         arg.seed,
+        init_from="stage:sft_mixed",
         kl={"coefficient": LARGER_BETA if arg.method == "beta" else BETA},
         eval_prompts={"source": STORIES["source"]("", "validation"), "limit": 256},
         eval_text={"sources": texts("validation")[2:], "length": 88},
@@ -115,7 +119,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     stages["evaluate"] = STORIES["evaluate"](
         arg.seed,
         "stage:ppo",
-        f"stage:sft_{SIZE}",
+        "stage:sft_mixed",
         tax={"texts": texts("validation")[2:], "batches": 8},
     )
     return STORIES["recipe"](arg.scale, **stages)
