@@ -22,8 +22,9 @@ from rlhfjax.sweep import grid, product, seeds
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("small.py")))
 STORIES = SMALL["STORIES"]
-PROXIES = {"weak": ("xs", 256), "strong": ("m", 4096)}
-ITERATIONS = 150
+PROXIES = {"weak": ("xs", 1024), "strong": ("m", 8192)}
+ITERATIONS = 100
+RATE = 1.5e-4  # of PPO, as in ziegler2019/beta.py
 PENALTY = 0.1
 SEEDS = 5  # pilots had seeds from 100 on
 VARIANTS = ("proxy=weak", "proxy=strong", "proxy=weak,scale=full")
@@ -136,11 +137,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         stages[name] = STORIES["ppo"](
             SMALL["POLICY"],
             arg.seed,
+            RATE,
             reward="stage:proxy",
             gold="stage:gold",
             kl={"coefficient": coefficient},
             eval_prompts=SMALL["held_out"]() | {"limit": 256},
-            **STORIES["loop"](ITERATIONS, evals=30),
+            **STORIES["loop"](ITERATIONS, evals=25),
         )
     return STORIES["recipe"](arg.scale, **stages)
 

@@ -16,9 +16,8 @@ from rlhfjax.stages import stage_config
 STORIES = runpy.run_path(str(Path(__file__).parents[1] / "stories.py"))
 POLICY, GOLD = "s", "l"
 PROXIES = ("xxs", "xs", "s", "m")
-PAIRS = (256, 4096)  # comparisons that a proxy learns from, in one epoch
+RANKED = (1024, 8192)  # prompts of four responses, 6 comparisons each, in one epoch
 PROMPTS, POOL = 64, 1000
-BATCH = 16  # comparisons
 
 
 def shared() -> dict[str, ConfigDict]:
@@ -56,15 +55,15 @@ def held_out() -> dict:
     return {"source": STORIES["source"]("", "test"), "limit": PROMPTS}
 
 
-def proxy(size: str, pairs: int, seed: int) -> dict[str, ConfigDict]:
-    """Returns the stages that compare two responses per prompt by gold, and learn a proxy."""
-    comparisons = STORIES["collect"](POLICY, seed + 1, prompts=max(PAIRS))
-    comparisons.update(labeler="stage:gold", samples_per_prompt=2)
+def proxy(size: str, ranked: int, seed: int) -> dict[str, ConfigDict]:
+    """Returns the stages that rank four responses per prompt by gold, and learn a proxy."""
+    comparisons = STORIES["collect"](POLICY, seed + 1, prompts=max(RANKED))
+    comparisons.labeler = "stage:gold"
     comparisons.eval_prompts.limit = 600  # all of the split, for accuracies
     learned = STORIES["reward"](
         size,
         seed,
-        prompts=pairs,
+        prompts=ranked,
         init_from=f"stage:pretrain_{size}",
         preferences=("stage:comparisons/preferences",),
     )

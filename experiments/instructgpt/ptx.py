@@ -25,6 +25,7 @@ SIZE, REWARD = "m", "l"  # of the policy; of the reward model, as in figure1.py
 STEPS = 4000  # of further pretraining: three fifths of the rows are the forum's
 LEVEL = 0.5  # gold reward at which methods are compared; all reach it
 BETA, LARGER_BETA = 0.05, 0.2
+RATE = 1.5e-4  # of PPO, as in ziegler2019/beta.py
 SEEDS = 5  # pilots had seeds from 100 on
 VARIANTS = ("method=ptx", "method=beta", "method=ptx,scale=full")
 
@@ -109,6 +110,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     stages["ppo"] = STORIES["ppo"](
         SIZE,
         arg.seed,
+        RATE,
         init_from="stage:sft_mixed",
         kl={"coefficient": LARGER_BETA if arg.method == "beta" else BETA},
         eval_prompts={"source": STORIES["source"]("", "validation"), "limit": 256},
