@@ -41,7 +41,8 @@ def loss_at_level(run) -> float:
 
 
 STUDY = Study(
-    claim="At equal gold reward PPO-ptx has forgotten less than PPO, of a text without part in it",
+    claim="At equal gold reward PPO-ptx has a lower loss than PPO on text that neither SFT nor the"
+    " mix contains",
     paper="Ouyang et al. 2022",
     figure="section 4.2 and figures 29, 33, 34: regressions on public tasks",
     conditions={method: {"arg.method": method} for method in METHODS},
