@@ -68,9 +68,14 @@ def numbered(served):
     return make
 
 
-def say(page, text):
+def enter(page, text):
+    page.locator("#send:enabled").wait_for()  # the server has named its models
     page.fill("#text", text)
     page.press("#text", "Enter")
+
+
+def say(page, text):
+    enter(page, text)
     page.locator("#send").wait_for()
 
 
@@ -152,8 +157,7 @@ def test_settings_reach_the_engine_and_stay(serve, open_page, numbered, words):
 def test_stop_keeps_the_text_and_frees_the_lane(serve, open_page, served):
     model = served("the cat ran " * 20, seconds=0.05)
     page = open_page(serve(model))
-    page.fill("#text", "hi")
-    page.press("#text", "Enter")
+    enter(page, "hi")
     page.get_by_text("the cat").wait_for()
     page.keyboard.press("Escape")
     page.get_by_text("stopped").wait_for()
@@ -215,6 +219,25 @@ def test_the_page_asks_for_the_token(serve, open_page, numbered):
     page.locator("#ask-token").wait_for(state="hidden")
     say(page, "hi")
     assert bubbles(page) == ["hi", "reply 1"]
+
+
+def test_a_message_waits_for_the_names_of_the_models(serve, open_page, numbered):
+    """A message that is sent earlier has no model: it was lost in an error of the script."""
+    url = serve(numbered(), token=TOKEN)
+    page = open_page(url)
+    held = []
+    page.fill("#token", TOKEN)
+    page.route(f"{url}/settings", lambda route: held.append(route))
+    page.get_by_role("button", name="Continue").click()
+    page.locator("#ask-token").wait_for(state="hidden")
+    until(lambda: held or page.wait_for_timeout(10))
+    page.fill("#text", "hi")
+    page.press("#text", "Enter")
+    assert bubbles(page) == [] and page.locator("#send").is_disabled()
+    held[0].continue_()
+    page.locator("#send:enabled").wait_for()
+    page.press("#text", "Enter")
+    page.get_by_text("reply 1").wait_for()
 
 
 def test_an_error_is_shown_and_can_be_tried_again(serve, open_page, numbered):

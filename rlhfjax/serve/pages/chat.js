@@ -8,7 +8,7 @@ const KEPT = [...NUMBERS, "system", "stop_text"]; // settings that the browser k
 const LETTERS = ["A", "B"];
 const ROOM = 1 / 4; // of a model's length, for a response; earlier turns give way
 
-let models = []; // {name, length, defaults}
+let models = []; // {name, length, defaults}; empty until the server has named them
 let storesVotes = false;
 let comparing = false;
 let turns = []; // {role: "user", text} or {role: "assistant", responses, vote}
@@ -113,7 +113,7 @@ function noteOf({ tokens, seconds, reason, dropped }) {
 
 function send() {
   const text = $("text").value.trim();
-  if (!text || running) return;
+  if (!text || running || !models.length) return;
   $("text").value = "";
   resize();
   turns.push({ role: "user", text });
@@ -187,6 +187,7 @@ function render() {
   const drawn = turns.map((turn, i) => (turn.role === "user" ? userTurn(turn, i) : answer(turn, i)));
   $("turns").replaceChildren(...(drawn.length ? drawn : [empty()]));
   $("send").hidden = Boolean(running);
+  $("send").disabled = !models.length;
   $("stop").hidden = !running;
   $("compare").setAttribute("aria-pressed", String(comparing));
   $("second-pick").hidden = !comparing;
