@@ -2,7 +2,8 @@
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), sections 3 and 3.6: without a KL penalty the proxy score
   rises and the gold score falls in the end; a penalty stops the policy earlier on the same curve of
-  gold over KL, as early stopping would.
+  gold over KL, as early stopping would. The weak proxy is one of size m that learned from 1,024
+  prompts (right on 59 % of held-out pairs in figure1a.py), the strong one from 8,192 (70 %).
 Command: rlhfjax sweep --config=experiments/gao2022/figure1b.py --workdir=runs/gao2022/figure1b
 Variants: :proxy=weak,seed=0 is one run of it, with both policies; :scale=full is for
   accelerators.
@@ -22,10 +23,10 @@ from rlhfjax.sweep import grid, product, seeds
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("small.py")))
 STORIES = SMALL["STORIES"]
-PROXIES = {"weak": ("xs", 1024), "strong": ("m", 8192)}
+PROXIES = {"weak": ("m", 1024), "strong": ("m", 8192)}
 ITERATIONS = 100
 RATE = 1.5e-4  # of PPO, as in ziegler2019/beta.py
-PENALTY = 0.1
+PENALTY = 0.1  # it stops at 2 to 4 nats
 SEEDS = 5  # pilots had seeds from 100 on
 VARIANTS = ("proxy=weak", "proxy=strong", "proxy=weak,scale=full")
 
@@ -44,17 +45,18 @@ def fitted(run) -> np.ndarray:
 
 
 def off_the_curve(run) -> float:
-    """Gold reward at the end of PPO with a penalty, less that without one at the same KL.
+    """Gold reward of PPO with a penalty, less that without one at the same KL.
 
-    The latter is the mean of the evaluations whose KL is nearest, two on each side.
+    The mean over the last five evaluations; the curve without a penalty is joined by lines over
+    sqrt(KL), and NaN is returned where it does not reach.
     """
-    kl = np.array(run.curve("ppo/val_kl"))
-    gold = np.array(run.curve("ppo/val_gold"))
-    end = run.metric("penalized/val_kl")
-    if not kl.min() <= end <= kl.max():
+    kl, gold = np.array(run.curve("ppo/val_kl")), np.array(run.curve("ppo/val_gold"))
+    order = np.argsort(kl)
+    ends = np.array(run.curve("penalized/val_kl"))[-5:]
+    if not kl.min() <= ends.min() <= ends.max() <= kl.max():
         return math.nan
-    near = np.argsort(np.abs(kl - end))[:4]
-    return run.metric("penalized/val_gold") - float(np.mean(gold[near]))
+    same_kl = np.interp(np.sqrt(ends), np.sqrt(kl[order]), gold[order])
+    return float(np.mean(run.curve("penalized/val_gold")[-5:] - same_kl))
 
 
 STUDY = Study(
@@ -68,6 +70,7 @@ STUDY = Study(
         "accuracy": "proxy/val_accuracy",
         "fall of gold": fall_from_peak("ppo/val_gold"),
         "proxy gain": proxy_gain,
+        "gold at the end": "ppo/val_gold",
         "off the curve": off_the_curve,
         "alpha": lambda run: fitted(run)[0],
         "beta": lambda run: fitted(run)[1],
@@ -92,19 +95,19 @@ STUDY = Study(
             expected="less",
         ),
         Comparison(
-            name="it falls further than with the strong proxy",
-            value="fall of gold",
-            condition="weak",
-            baseline="strong",
-            expected="less",
+            name="the strong proxy leaves more gold",
+            value="gold at the end",
+            condition="strong",
+            baseline="weak",
+            expected="greater",
         ),
         Comparison(
             name="a penalty stops on the same curve",
             value="off the curve",
-            condition="strong",
+            condition="weak",
             baseline=0.0,
             expected="equal",
-            margin=0.2,
+            margin=0.15,
         ),
     ),
     curves=(

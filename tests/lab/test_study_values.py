@@ -65,15 +65,19 @@ def test_coefficients_of_rl_are_those_that_made_the_curve():
     assert found == pytest.approx((0.34, 0.17))
 
 
-def test_what_a_penalty_costs_on_the_curve_of_gold_over_kl():
-    """Gold is 1 - (KL - 4)^2 / 16 without penalty; with one it ends 0.1 above it at a KL of 2."""
-    kl = np.linspace(0, 10, 101)
-    gold = 1 - (kl - 4) ** 2 / 16
-    end = {"penalized/val_kl": 2.0, "penalized/val_gold": 0.75 + 0.1}
-    run = outcome(end, ppo__val_kl=kl, ppo__val_gold=gold)
+def test_how_far_a_penalized_run_is_off_the_curve_of_gold_over_kl():
+    """Gold falls by 1 per nat to the 1/2 without penalty; with one it ends 0.1 above that."""
+    d = np.array([0.0, 3.0, 1.0, 2.0])  # in the order of training: KL may fall, too
+    ends = np.array([4.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    gold = (
+        1 - np.sqrt(ends) + np.array([9.0, 0.3, -0.1, 0.1, 0.1, 0.1])
+    )  # the last five count
+    penalized = {"penalized__val_kl": ends, "penalized__val_gold": gold}
+    run = outcome(ppo__val_kl=d**2, ppo__val_gold=1 - d, **penalized)
     off = study("gao2022/figure1b.py")["off_the_curve"]
-    assert off(run) == pytest.approx(0.1, abs=0.02)
-    assert math.isnan(off(outcome(end, ppo__val_kl=kl + 3, ppo__val_gold=gold)))
+    assert off(run) == pytest.approx(0.1)
+    short = outcome(ppo__val_kl=(d / 2) ** 2, ppo__val_gold=1 - d, **penalized)
+    assert math.isnan(off(short))
     assert study("gao2022/figure1b.py")["proxy_gain"](
         outcome(ppo__val_proxy=[0.5, 0.2, 1.5])
     ) == pytest.approx(1.0)
