@@ -3,22 +3,17 @@
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from rlhfjax import provenance
-
-# Instruction sets that decide how fast products are.
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+from rlhfjax import processor, provenance
 
 
 def describe() -> dict[str, Any]:
     """Returns the CPU's name, flags and number, versions, commit and load average, as JSON."""
-    name, flags = cpu(Path("/proc/cpuinfo"))
     packages = ("rlhfjax", "jax", "jaxlib", "flax")
     return {
-        "cpu": name or platform.processor() or "unknown CPU",
-        "flags": flags,
+        "cpu": processor.name(),
+        "flags": processor.vectors(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_gb": round(_memory_bytes() / 1e9, 1),
         "python": platform.python_version(),
@@ -26,18 +21,6 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "loadavg_1m": load(),
     }
-
-
-def cpu(file: Path) -> tuple[str, list[str]]:
-    """Returns the model's name and those of FLAGS that it has; ("", []) without the file."""
-    if not file.exists():
-        return "", []
-    fields: dict[str, str] = {}
-    for line in file.read_text().splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    flags = fields.get("flags", "").split()
-    return fields.get("model name", ""), [flag for flag in FLAGS if flag in flags]
 
 
 def load() -> float:
@@ -48,7 +31,7 @@ def load() -> float:
 def sentence(machine: dict[str, Any]) -> str:
     """Returns one line for below a table."""
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    flags = ", ".join(machine["flags"]) or "none of " + ", ".join(FLAGS)
+    flags = ", ".join(machine["flags"]) or "none of " + ", ".join(processor.VECTORS)
     return (
         f"{machine['cpus']} CPUs of {machine['cpu']} ({flags}), {machine['memory_gb']} GB; "
         f"{versions}; commit {machine['commit']}; load average before: {machine['loadavg_1m']}."

@@ -26,7 +26,7 @@ SAMPLING = {
 SIZES = {"s": (48, 3), "m": (80, 3), "l": (128, 4)}
 SMALLER = {"xxs": (16, 1), "xs": (32, 2)}  # of reward models
 RATE, STEPS = 2e-3, 4000  # of pretraining
-DTYPE = "float32"  # the same numbers on every machine
+DTYPE = "float32"  # "auto" would differ from machine to machine
 SCALES = ("small", "full")  # 2 CPU cores; accelerators
 
 

@@ -4,15 +4,13 @@ A stage resolves it once, when it begins: config.json and the saved model have t
 computed with. A run that resumes keeps it, also on other devices.
 """
 
-import functools
 import logging
-import platform
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from rlhfjax import paths, workdirs
+from rlhfjax import processor, workdirs
 from rlhfjax.paths import Path
 
 log = logging.getLogger("rlhfjax")
@@ -37,7 +35,7 @@ def fastest(platform: str, features: Collection[str] = ()) -> str:
 
 def here() -> str:
     """Returns the dtype that the devices of this process compute fastest."""
-    return fastest(jax.devices()[0].platform, cpu_features())
+    return fastest(jax.devices()[0].platform, processor.features())
 
 
 def resolved(
@@ -80,14 +78,3 @@ def warn_if_slow(dtypes: Iterable[str]) -> None:
             name,
             best,
         )
-
-
-@functools.cache
-def cpu_features() -> frozenset[str]:
-    """Returns the features that XLA compiles for: those in /proc/cpuinfo, or the CPU's name."""
-    cpuinfo = paths.path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
-    return frozenset(platform.processor().split())

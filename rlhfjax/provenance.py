@@ -20,7 +20,7 @@ from typing import Any, NotRequired
 import jax
 from typing_extensions import TypedDict
 
-from rlhfjax import hosts, json_text, paths, template_date
+from rlhfjax import hosts, json_text, paths, processor, template_date
 from rlhfjax.errors import DataError
 from rlhfjax.jsonl import REMEDY, read_jsonl
 from rlhfjax.paths import Path
@@ -174,5 +174,6 @@ def _hardware() -> dict[str, Any]:
         "hosts": hosts.count(),
         "machine": platform.node(),
         "cores": os.cpu_count(),
+        "cpu": processor.describe(),
         "system": platform.platform(),
     }

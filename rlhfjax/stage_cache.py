@@ -46,7 +46,7 @@ from rlhfjax import (
     hosts,
     json_text,
     paths,
-    precision,
+    processor,
     stages,
     template_date,
     trackers,
@@ -348,6 +348,6 @@ def machine() -> dict[str, Any]:
         "flags": flags,
     }
     if device.platform == "cpu":
-        features = " ".join(sorted(precision.cpu_features()))
+        features = " ".join(sorted(processor.features()))
         description |= {"cores": os.cpu_count(), "features": features}
     return description

@@ -197,12 +197,3 @@ def test_a_process_gives_its_last_json_line_or_an_error():
 )
 def test_a_side_takes_part_if_its_interpreter_is_given(sides, workload, present):
     assert sides.present(workload) == present
-
-
-def test_the_cpu_is_named_with_the_flags_that_matter(tmp_path):
-    file = tmp_path / "cpuinfo"
-    file.write_text(
-        "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 amx_bf16 sse\n"
-    )
-    assert machine.cpu(file) == ("A CPU", ["avx2", "amx_bf16"])
-    assert machine.cpu(tmp_path / "none") == ("", [])

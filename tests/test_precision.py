@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from rlhfjax import precision, recipe
+from rlhfjax import precision, processor, recipe
 from rlhfjax.config import write_json
 from rlhfjax.errors import Preempted
 from rlhfjax.interop import store
@@ -35,7 +35,7 @@ def test_the_fastest_dtype_by_platform_and_features(platform, features, dtype):
 
 def test_here_is_of_this_cpu(monkeypatch):
     for features, dtype in (("amx_bf16", "bfloat16_products"), ("avx2", "float32")):
-        monkeypatch.setattr(precision, "cpu_features", {features}.copy)
+        monkeypatch.setattr(processor, "features", {features}.copy)
         assert here() == dtype
 
 

@@ -6,7 +6,7 @@ import sys
 import jax
 
 import rlhfjax
-from rlhfjax import provenance, recipe
+from rlhfjax import processor, provenance, recipe
 from tests.test_recipe import jobs, two
 
 
@@ -26,6 +26,7 @@ def test_a_line_has_the_command_commit_versions_and_hardware(tmp_path, monkeypat
     assert first["versions"]["jax"] == jax.__version__
     assert first["versions"]["rlhfjax"] == rlhfjax.__version__
     assert first["hardware"]["platform"] == "cpu"
+    assert first["hardware"]["cpu"] == processor.describe()
     assert first["date"].endswith("+00:00") and first["date"] <= second["date"]
 
 

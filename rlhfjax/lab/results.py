@@ -287,3 +287,9 @@ def seconds(rows: Sequence[Row]) -> float:
         cost["id"]: cost["seconds"] for row in rows for cost in row["stages"].values()
     }
     return sum(known.values(), 0.0)
+
+
+def processors(rows: Sequence[Row]) -> list[str]:
+    """Returns the different CPUs of rows that say theirs, in order."""
+    found = [row.get("hardware", {}).get("cpu") for row in rows]
+    return list(dict.fromkeys(filter(None, found)))

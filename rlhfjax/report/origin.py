@@ -74,10 +74,11 @@ def hardware(start: Mapping[str, Any]) -> str:
     if not about:
         return ""
     hosts = about.get("hosts", 1)
+    cores = f"{about.get('cores')} cores"
     parts = [
         str(about.get("devices", "")),
         "1 host" if hosts == 1 else f"{hosts} hosts",
-        f"{about.get('cores')} cores",
+        f"{cores} of {about['cpu']}" if "cpu" in about else cores,
         str(about.get("system", "")),
     ]
     return ", ".join(filter(None, parts))

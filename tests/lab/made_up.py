@@ -69,7 +69,7 @@ def finish(run: Run, loss: float, date: str = "2020-01-01") -> None:
         "command": "rlhfjax train",
         "commit": "c0ffee",
         "clean": True,
-        "hardware": {"devices": "1 x cpu", "hosts": 1, "cores": 2},
+        "hardware": {"devices": "1 x cpu", "cores": 2, "cpu": "A CPU (avx2)"},
         "versions": {"jax": "0.10"},
     }
     (run.workdir / "provenance.jsonl").write_text(json.dumps(start) + "\n")

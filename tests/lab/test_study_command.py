@@ -153,6 +153,20 @@ def test_rows_made_under_another_rule_are_said(study):
     assert "contradicted" in text
 
 
+def test_rows_of_several_processors_are_said(study):
+    """Rounding follows the CPU's instruction sets, in what runs share, too."""
+    workdir = study.sweep()
+    assert "Several processors" not in (workdir / page.PAGE).read_text()
+    study.commit()
+    (file,) = study.results.iterdir()
+    first, *others = file.read_text().splitlines(keepends=True)
+    file.write_text(first.replace("(avx2)", "(avx2, avx512f)") + "".join(others))
+    text = (study.sweep("other") / page.PAGE).read_text()
+    assert (
+        "Several processors" in text and "A CPU (avx2, avx512f), A CPU (avx2)" in text
+    )
+
+
 PLANS = {
     "STUDY.seeds=3, but its sweep adds 2 runs of 'small'": (
         "product(grid('optim.learning_rate', 1e-4, 1e-3), seeds(2))"
