@@ -112,7 +112,7 @@ class Figure:
     lines: Mapping[str, Mapping[str, Number]] = dataclasses.field(default_factory=dict)
     """For a value: {label of a line: {condition: its x}}; empty: conditions stand side by side."""
     beside: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    """{label: (x, y)} of further kept curves, over the runs of all conditions; goes with `x`."""
+    """{label: (x, y)} of further kept curves, per seed the mean over conditions; goes with `x`."""
     paper: Shape | str = ""
     """The paper's figure: its shape, or in words."""
 

@@ -119,16 +119,31 @@ def _curves(card: Figure, found: Sequence[Outcome]) -> Iterable[Line]:
     drawn = [(name, card.x, card.y, here) for name, here in by_condition.items()]
     drawn += [(name, x, y, found) for name, (x, y) in card.beside.items()]
     for label, x_name, y_name, here in drawn:
-        seeds = {outcome.seed: _points(outcome, x_name, y_name) for outcome in here}
-        seeds = {seed: points for seed, points in seeds.items() if len(points[0])}
-        if not seeds:
+        runs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for outcome in here:
+            points = _points(outcome, x_name, y_name)
+            if len(points[0]):
+                runs.setdefault(outcome.seed, []).append(points)
+        if not runs:
             continue
-        # A run that stopped early has fewer points.
-        shared = min(len(x) for x, _ in seeds.values())
-        x = np.array([x[:shared] for x, _ in seeds.values()])
-        y = np.array([y[:shared] for _, y in seeds.values()])
+        # A line beside the conditions has a run of each of them per seed, and the unit is a seed.
+        stacks = {seed: _stacked(points) for seed, points in runs.items()}
+        seeds = {
+            seed: (x.mean(axis=0), y.mean(axis=0)) for seed, (x, y) in stacks.items()
+        }
+        x, y = _stacked(list(seeds.values()))
         mean, half = _band(y)
         yield Line(label, x.mean(axis=0), seeds, mean, half)
+
+
+def _stacked(
+    runs: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x and y [runs, points] at the points that all runs have: one may have stopped."""
+    shared = min(len(x) for x, _ in runs)
+    x = np.array([x[:shared] for x, _ in runs])
+    y = np.array([y[:shared] for _, y in runs])
+    return x, y
 
 
 def _points(
