@@ -102,7 +102,7 @@ def on(value, conversations):
     return {key: on(element, conversations) for key, element in value.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_downloaded_model_goes_through_the_recipe(folder, conversations, tmp_path):
     config = on(config_of(f"hf:{folder}"), conversations)
     for stage, options in SMALL.items():

@@ -178,7 +178,7 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized
         assert {x.devices for x in gathered} == {mesh["fsdp"]}
 
 
-@SLOW
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["context"])
 def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized):
     """No collective has an array with a vocabulary axis, except parameters.
