@@ -260,8 +260,9 @@ def test_layers_of_several_kinds_are_chosen_at_run_time_too(remat, scan):
     other_value, other_grad = loss_and_grad(other, params, TWO_DOCUMENTS)
     np.testing.assert_allclose(other_value, value, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(other_grad), jax.tree.leaves(grad), strict=True):
-        # An element is a sum of terms as large as the largest element.
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
+        # Parameters that differ by one unit in the last place move the gradients by up to 2e-5 of
+        # the largest element; rounding, which scans change, by 4e-6 on a CPU with AVX2.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
 def test_capped_gradients_are_those_of_finite_differences():
