@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from rlhfjax import hosts, paths
+from rlhfjax import hosts, paths, processor
 from rlhfjax.errors import first_line
 from rlhfjax.paths import Path
 
@@ -86,15 +86,9 @@ def machine() -> str:
     except OSError:
         lines = [platform.processor()]
     about = {line for line in lines if line.startswith(_PROCESSOR)}
-    known = [platform.machine(), str(_cores()), *sorted(about)]
+    known = [platform.machine(), str(processor.cores()), *sorted(about)]
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
     return f"jaxlib-{version('jaxlib')}-{digest[:12]}"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _prepare(folder: Path) -> bool:

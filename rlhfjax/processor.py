@@ -1,6 +1,7 @@
 """The CPU of a run: XLA compiles for its instruction sets, and rounding depends on them."""
 
 import functools
+import os
 import platform
 
 from rlhfjax import paths
@@ -33,6 +34,13 @@ def describe() -> str:
     """Returns name and instruction sets, such as "AMD EPYC (avx2, avx512f)"."""
     found = ", ".join(vectors())
     return f"{name()} ({found})" if found else name()
+
+
+def cores() -> int:
+    """Returns the number of cores that the process may use, by which XLA divides loops."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read(file: Path) -> dict[str, str]:

@@ -173,7 +173,7 @@ def _hardware() -> dict[str, Any]:
         "platform": device.platform,
         "hosts": hosts.count(),
         "machine": platform.node(),
-        "cores": os.cpu_count(),
+        "cores": processor.cores(),
         "cpu": processor.describe(),
         "system": platform.platform(),
     }

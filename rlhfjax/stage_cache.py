@@ -349,5 +349,5 @@ def machine() -> dict[str, Any]:
     }
     if device.platform == "cpu":
         features = " ".join(sorted(processor.features()))
-        description |= {"cores": os.cpu_count(), "features": features}
+        description |= {"cores": processor.cores(), "features": features}
     return description

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import compilation_cache as jax_cache
 
-from rlhfjax import compilation_cache, hosts
+from rlhfjax import compilation_cache, hosts, processor
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
@@ -86,7 +86,7 @@ def test_another_processor_or_number_of_cores_has_another_folder(monkeypatch):
     for old, new in (("amx_tile", "avx2"), ("name\t: A", "name\t: B")):
         Processor.text = Processor.text.replace(old, new)
         names.append(compilation_cache.machine())
-    monkeypatch.setattr(compilation_cache, "_cores", lambda: 1000)
+    monkeypatch.setattr(processor, "cores", lambda: 1000)
     names.append(compilation_cache.machine())
     assert len(set(names)) == 4
 

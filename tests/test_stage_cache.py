@@ -125,6 +125,13 @@ def test_jax_s_flags_are_part_of_the_machine(monkeypatch):
     assert stage_cache.machine() != before
 
 
+def test_the_cores_that_the_process_may_use_are_part_of_the_machine(monkeypatch):
+    """XLA divides loops by them, so a run under `taskset` rounds differently."""
+    before = stage_cache.machine()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(1000)))
+    assert stage_cache.machine() == before | {"cores": 1000}
+
+
 def test_the_code_of_other_stages_is_not_part_of_the_key():
     modules = stage_cache.imported(*stage_cache.ROOTS, "rlhfjax.stages.pretrain")
     assert "rlhfjax.models.transformer" in modules and "rlhfjax.optim" in modules

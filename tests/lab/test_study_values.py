@@ -66,7 +66,7 @@ def test_coefficients_of_rl_are_those_that_made_the_curve():
 
 
 def test_how_far_a_penalized_run_is_off_the_curve_of_gold_over_kl():
-    """Gold falls by 1 per nat to the 1/2 without penalty; with one it ends 0.1 above that."""
+    """Without penalty gold is 1 - sqrt(KL); with one it ends 0.1 above that."""
     d = np.array([0.0, 3.0, 1.0, 2.0])  # in the order of training: KL may fall, too
     ends = np.array([4.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     gold = (
