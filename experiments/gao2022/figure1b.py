@@ -129,7 +129,7 @@ STUDY = Study(
         },
         paper="The smallest proxies peak at a KL of 13 to 18 nats and fall; the largest stay flat.",
     ),
-    cost="47 minutes on 2 CPU cores with --parallel=2, tests beside; what all share 84, another run beside",
+    cost="47 minutes on 2 CPU cores with --parallel=2, tests beside; shared stages 84",
 )
 
 
