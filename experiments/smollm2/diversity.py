@@ -20,10 +20,7 @@ from rlhfjax.sweep import grid, product, seeds
 
 RECIPE = runpy.run_path(str(Path(__file__).with_name("recipe.py")))
 POLICIES = ("recipe", "closer")
-PENALTY, RATE = (
-    0.15,
-    5e-4,
-)  # of "closer", found by pilots; the recipe's are 0.1 and 1e-3
+PENALTY, RATE = 0.2, 5e-4  # of "closer", by pilots; the recipe's are 0.1 and 1e-3
 SEEDS = 5  # pilots had seeds from 100 on
 VARIANTS = ("policy=closer",)
 
