@@ -4,13 +4,13 @@ import contextlib
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhfjax import main, paths, profile, recipe, stages
 from rlhfjax.config import Argument, parse_arg
 from rlhfjax.data.sources import open_source
-from rlhfjax.errors import UserError
 from rlhfjax.interop import foreign
 from rlhfjax.plan.shapes import parse_model
 from rlhfjax.ranges import PositiveCount
@@ -72,15 +72,13 @@ def _rule(text: str) -> None:
     registry.validate(values, "ppo.reward")
 
 
-def _source(spec: str) -> None:
+def _source(spec: str, **options: str) -> None:
     if spec.startswith("tfds:") or in_bucket(
         spec
     ):  # a name would be prepared, or looked for in the network
         return
     for kind in ("text", "preferences"):
-        with contextlib.suppress(UserError):
-            read_all(open_source(spec, kind=kind))
-        read_all(open_source(spec, kind=kind, split="x"))
+        read_all(open_source(spec, kind=kind, **options))
 
 
 def _path(name: str) -> None:
@@ -165,9 +163,9 @@ text_reader(
     ),
     _rule,
 )
-text_reader(
-    TABLE, "source_spec", ["jsonl:x/{split}/*.jsonl", "text:*.txt"], SPECS, _source
-)
+SOURCES = ("jsonl:x/{split}/*.jsonl", "text:*.txt")
+text_reader(TABLE, "source_spec", SOURCES, SPECS, _source)
+text_reader(TABLE, "source_split", SOURCES, SPECS, partial(_source, split="x"))
 text_reader(TABLE, "path_name", ["x/y.json", "gs://bucket/x"], SPECS, _path)
 text_reader(
     TABLE,
