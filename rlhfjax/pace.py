@@ -32,9 +32,11 @@ from rlhfjax.progress import followed_by
 from rlhfjax.roles import Pass, Workload
 
 MOST_KEPT = 200
-# Seconds, and steps of training, from which a rate can be told: first steps are slow.
+# Seconds and steps from which a rate can be told: the first steps are slow, and a job's seconds
+# contain the reading of its models. Fewer steps tell the rate of a stage that decodes for `LONG`.
 SHORTEST = 3.0
 FEWEST = 10
+LONG = 60.0
 _FILE = "~/.cache/rlhfjax/rates.json"
 _ROLLOUT = "rollout"  # the program whose passes are counted as decoded tokens
 
@@ -262,9 +264,9 @@ def _tells(one: Measured) -> bool:
     """Returns whether a stage worked for long enough; one without work tells its fixed seconds."""
     if not work_of(one).load:
         return True
-    only_trains = one["trains"] and not one["decoded"]
-    enough_steps = one["steps"] >= FEWEST or not only_trains
-    return one["seconds"] >= SHORTEST and enough_steps
+    if one["steps"] < FEWEST:
+        return one["decoded"] > 0 and one["seconds"] >= LONG
+    return one["seconds"] >= SHORTEST
 
 
 def _only_passes(one: Measured) -> bool:
